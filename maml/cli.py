@@ -20,7 +20,7 @@ def _work(_: list[str]) -> None:
         import keras
         import tensorflow as tf
 
-    from maml import build, evaluate, figures, show_episodes
+    from maml import build, evaluate, figures, results, show_episodes
     from maml.run import Run
     from maml.train import train
 
@@ -38,15 +38,22 @@ def _work(_: list[str]) -> None:
     learner = build.build_learner(settings, build.build_network(settings, one.support_x.shape[2:]))
     folder = Run(settings, learner)
     if settings.train:
+        if settings.init_from:
+            folder.begin_from(learner.network)
         folder.begin()
         if int(folder.iteration):
             print(f"resumed from iteration {int(folder.iteration)} of {settings.iterations}", flush=True)
         show_episodes.write_first_episodes(folder, data, settings)
         train(settings, learner, data, folder)
-    else:
-        folder.restore(settings.test_iter)
+    if not settings.train or settings.checkpoint == "best":
+        folder.restore()
 
-    print(f"testing on {settings.num_test_tasks} tasks, {settings.test_num_updates} steps each", flush=True)
+    iteration = int(folder.iteration)
+    print(
+        f"testing iteration {iteration} on {settings.num_test_tasks} tasks, "
+        f"{settings.test_num_updates} steps each",
+        flush=True,
+    )
     result = evaluate.measure_tasks(
         learner,
         data,
@@ -54,10 +61,11 @@ def _work(_: list[str]) -> None:
         settings.split,
         tasks=settings.num_test_tasks,
         steps=settings.test_num_updates,
+        transductive=settings.transductive,
         progress=True,
     )
-    print(evaluate.table(result, settings, int(folder.iteration)))
-    written = [folder.write_result(result).name, "results.json"]
+    print(evaluate.table(result, settings, iteration))
+    written = [results.write(settings, result, iteration, devices).name, "results.json"]
     if not settings.classification:
         picture = folder.dir / "fits.png"
         figures.sinusoid_fits(picture, learner, data, spec, steps=settings.test_num_updates)

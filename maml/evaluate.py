@@ -64,15 +64,21 @@ def measure_tasks(
     *,
     tasks: int,
     steps: int,
+    transductive: bool = True,
     progress: bool = False,
 ) -> TestResult:
-    """Adapts to the first `tasks` episodes of a split and measures before and after every step."""
+    """Adapts to the first `tasks` episodes of a split and measures before and after every step.
+
+    `transductive`: see `Maml.evaluate`.
+    """
     data.check(spec, split)
     parts: list[Adaptation] = []
     with tqdm(total=tasks, desc="testing", unit="task", disable=not progress or None, leave=False) as bar:
         for begin in range(0, tasks, CHUNK):
             indices = tf.range(begin, min(begin + CHUNK, tasks), dtype=tf.int64)
-            parts.append(learner.evaluate(data.sample(spec, split, indices), tf.constant(steps)))
+            parts.append(
+                learner.evaluate(data.sample(spec, split, indices), tf.constant(steps), transductive)
+            )
             bar.update(len(indices))
 
     def joined(field: str) -> dict[str, np.ndarray]:
@@ -97,7 +103,8 @@ def table(result: TestResult, settings: Settings, iteration: int) -> str:
     per_class = " per class" if settings.classification else " points"
     head += f"): {tasks} {split} tasks, {queries} query{per_class}, α {settings.update_lr:g}"
     if settings.norm == "batch_norm":
-        head += ", batch norm over the query set (transductive)"
+        over = "query set (transductive)" if settings.transductive else "support set (not transductive)"
+        head += f", batch norm over the {over}"
     percent = result.measure == "accuracy"
     scale, name = (100.0, "accuracy, %") if percent else (1.0, "mean squared error")
     digits = 2 if percent else 3

@@ -190,10 +190,16 @@ class Maml:
 
     # --- Measuring --------------------------------------------------------------------------------
 
-    def predict(self, weights: Weights, x: tf.Tensor) -> tf.Tensor:
-        """The network's outputs [n, outputs] on inputs x [n, …], with the given weights."""
-        frozen = [variable.value for variable in self.network.non_trainable_variables]
-        return self.network.stateless_call(weights, frozen, x, training=True)[0]
+    def predict(self, weights: Weights, x: tf.Tensor, support_x: tf.Tensor | None = None) -> tf.Tensor:
+        """The network's outputs [n, outputs] on inputs x [n, …], with the given weights.
+
+        Batch norm takes the statistics of x itself or, where it is given, of `support_x` [m, …].
+        """
+        state = [variable.value for variable in self.network.non_trainable_variables]
+        if support_x is None:
+            return self.network.stateless_call(weights, state, x, training=True)[0]
+        _, state = self.network.stateless_call(weights, state, support_x, training=True)
+        return self.network.stateless_call(weights, state, x, training=False)[0]
 
     def measure(self, outputs: tf.Tensor, y: tf.Tensor) -> Measures:
         """The loss and, for classification, the accuracy of outputs [n, outputs] against targets y."""
@@ -203,12 +209,14 @@ class Maml:
             measures["accuracy"] = tf.reduce_mean(tf.cast(hits, outputs.dtype))
         return measures
 
-    def _evaluate(self, episodes: Episode, steps: tf.Tensor) -> Adaptation:
+    def _evaluate(self, episodes: Episode, steps: tf.Tensor, transductive: bool = True) -> Adaptation:
         """Adapts to every task for any number of steps, and measures before and after each.
 
         Args:
             episodes: tasks along the leading axis.
             steps: scalar integer tensor, inner steps (a tensor: no new trace for another number).
+            transductive: batch norm of the query set by its own statistics, as in training, so that a
+                prediction depends on the other queries; False: by the support set's.
         """
         weights = self._weights()
 
@@ -217,7 +225,7 @@ class Maml:
 
             def look(fast: Weights) -> Adaptation:
                 support = self.measure(self.predict(fast, episode.support_x), episode.support_y)
-                outputs = self.predict(fast, episode.query_x)
+                outputs = self.predict(fast, episode.query_x, None if transductive else episode.support_x)
                 return Adaptation(support, self.measure(outputs, episode.query_y), outputs)
 
             records = tf.nest.map_structure(

@@ -1,36 +1,29 @@
 """A run is a folder: its flags, checkpoints, TensorBoard events, figures and results."""
 
 import csv
-import json
-import os
+import io
 import pathlib
-import platform
-import re
-import shlex
-import sys
 
 import keras
-import numpy as np
 import tensorflow as tf
 
-import maml
-from maml.evaluate import TestResult
 from maml.learner import Maml
+from maml.results import saved_iterations, validations, write_whole
 from maml.settings import Settings, UserError, as_flagfile, read_flagfile
 
 # Flags that may differ between a run and its continuation: they change how long and how it is
 # watched, not what is computed.
 FREE_FLAGS = {
     "metatrain_iterations", "log", "logdir", "resume", "train", "test_set", "test_num_query",
-    "test_num_updates", "num_test_tasks", "data_dir", "save_interval",
+    "test_num_updates", "num_test_tasks", "transductive", "data_dir", "save_interval",
 }  # fmt: skip
 
 
 class Run:
     """The folder of one run.
 
-    Layout: `flags` (repeats the run with `--flagfile`), `checkpoints/model-ITERATION.*`, `train/`
-    and `validation/` (TensorBoard), `results.json`, `test_ubs…_stepsize….csv`, `*.png`.
+    Layout: `flags` (repeats the run with `--flagfile`), `checkpoints/model-ITERATION.*`,
+    `validation.csv`, `train/` and `validation/` (TensorBoard), `*.png`; and what `maml.results` writes.
     """
 
     def __init__(self, settings: Settings, learner: Maml):
@@ -53,10 +46,12 @@ class Run:
     def begin(self) -> None:
         """Makes the folder ready for training, restoring the newest checkpoint if there is one.
 
+        A run that has gone further than the settings ask is taken back, in memory, to where they end.
+
         Raises:
             UserError: if the folder holds a run of other settings, or one not to be resumed.
         """
-        there = self.saved_iterations()
+        there = saved_iterations(self.dir)
         if there and not self.settings.resume:
             raise UserError(
                 f"{self.dir} holds a run of {there[-1]} iterations, which --resume=False would overwrite. "
@@ -64,21 +59,30 @@ class Run:
             )
         if there:
             self._refuse_other_settings()
+            if there[-1] > self.settings.iterations and self.settings.iterations not in there:
+                raise UserError(
+                    f"{self.dir} holds a run of {there[-1]} iterations, more than the "
+                    f"{self.settings.iterations} asked for, and no checkpoint of that one. Found "
+                    f"{', '.join(map(str, there))}: ask for one of them, or for more iterations."
+                )
         try:
             self.dir.mkdir(parents=True, exist_ok=True)
-            _write_whole(self.dir / "flags", as_flagfile(self.settings))
+            if not there or there[-1] <= self.settings.iterations:
+                write_whole(self.dir / "flags", as_flagfile(self.settings))
         except OSError as error:
             raise UserError(f"--logdir: cannot write to {self.dir} ({error.strerror}).") from error
         if there:
-            self._restore(there[-1])
+            self._restore(min(there[-1], self.settings.iterations))
 
-    def restore(self, iteration: int) -> None:
-        """Restores a checkpoint for testing; −1 is the newest.
+    def restore(self) -> None:
+        """Restores the checkpoint to be tested: `test_iter`, or the newest or the best.
+
+        After training only those within its iterations count.
 
         Raises:
             UserError: if there is none, or not the one asked for.
         """
-        there = self.saved_iterations()
+        there, asked = saved_iterations(self.dir), self.settings.test_iter
         if not there:
             siblings = sorted(path.name for path in self.dir.parent.glob("cls_*") if path.is_dir())
             raise UserError(
@@ -86,13 +90,17 @@ class Run:
                 f"{', '.join(siblings) or 'none'}. Train first, or give the flags the run was trained with "
                 f"(--flagfile=RUN/flags)."
             )
-        if iteration != -1 and iteration not in there:
+        if asked != -1 and asked not in there:
             raise UserError(
-                f"--test_iter={iteration}: no such checkpoint in {self.dir}; found "
+                f"--test_iter={asked}: no such checkpoint in {self.dir}; found "
                 f"{', '.join(map(str, there))}. Choose one of them."
             )
         self._refuse_other_settings()
-        self._restore(there[-1] if iteration == -1 else iteration)
+        if self.settings.train:
+            there = [iteration for iteration in there if iteration <= self.settings.iterations]
+        if asked == -1:
+            asked = self._best(there) if self.settings.checkpoint == "best" else there[-1]
+        self._restore(asked)
 
     def save(self) -> None:
         """Writes a checkpoint of the present iteration."""
@@ -102,12 +110,16 @@ class Run:
             )
         self._manager.save(checkpoint_number=int(self.iteration))
 
-    def saved_iterations(self) -> list[int]:
-        """The iterations there are checkpoints of, ascending."""
-        names = (path.name for path in (self.dir / "checkpoints").glob("model-*.index"))
-        return sorted(
-            int(match[1]) for match in map(re.compile(r"model-(\d+)\.index").fullmatch, names) if match
-        )
+    def record_validation(self, scalars: dict[str, float]) -> None:
+        """Keeps what validation found at the present iteration, in TensorBoard and in `validation.csv`."""
+        self.write_scalars("validation", scalars)
+        rows = validations(self.dir) | {int(self.iteration): scalars}
+        columns = dict.fromkeys(tag for row in rows.values() for tag in row)
+        text = io.StringIO()
+        out = csv.DictWriter(text, ["iteration", *columns], lineterminator="\n")
+        out.writeheader()
+        out.writerows({"iteration": iteration, **rows[iteration]} for iteration in sorted(rows))
+        write_whole(self.dir / "validation.csv", text.getvalue())
 
     def write_scalars(self, writer: str, scalars: dict[str, float]) -> None:
         """Writes TensorBoard scalars at the present iteration to "train" or "validation"."""
@@ -126,67 +138,37 @@ class Run:
             tf.summary.image(tag, tf.io.decode_png(png.read_bytes(), channels=3)[tf.newaxis])
         self._writer(writer).flush()
 
-    def write_result(self, result: TestResult) -> pathlib.Path:
-        """Writes the original's CSV and adds the result, with its protocol, to `results.json`.
+    def _best(self, among: list[int]) -> int:
+        """The iteration that did best at validation after `num_updates` steps; of equals, the latest."""
+        measure, sign = ("accuracy", 1) if self.settings.classification else ("loss", -1)
+        steps = min(self.settings.num_updates, self.settings.test_num_updates)
+        tag = f"{measure}/query_after_{steps}_steps"
+        found = {i: row[tag] for i, row in validations(self.dir).items() if i in among and tag in row}
+        if not found:
+            raise UserError(
+                f"--checkpoint=best: {self.dir / 'validation.csv'} has no validation of its checkpoints "
+                f"({tag}). Test the newest, or another with --test_iter."
+            )
+        return max(found, key=lambda iteration: (sign * found[iteration], iteration))
 
-        Returns the path of the CSV. A result of the same protocol is replaced.
+    def begin_from(self, network: keras.Model) -> None:
+        """Gives the network the weights that `init_from` names.
+
+        Raises:
+            UserError: if they are not there, or those of another network.
         """
-        settings = self.settings
-        table = self.dir / f"test_ubs{settings.update_batch_size}_stepsize{settings.update_lr}.csv"
-        rows = result.series(result.measure)
-        with table.open("w", newline="", encoding="utf-8") as file:
-            out = csv.writer(file)
-            out.writerow([f"update{i}" for i in range(len(rows.mean))])
-            out.writerows(values.tolist() for values in rows)
-
-        protocol = {
-            "datasource": settings.datasource,
-            "split": settings.split,
-            "iterations": int(self.iteration),
-            "pretrain_iterations": min(settings.pretrain_iterations, int(self.iteration)),
-            "seed": settings.seed,
-            "tasks": settings.num_test_tasks,
-            "way": settings.num_classes if settings.classification else None,
-            "shot": settings.update_batch_size,
-            "query_per_class": settings.test_num_query,
-            "train_query_per_class": settings.num_query,
-            "inner_steps": settings.test_num_updates,
-            "train_inner_steps": settings.num_updates,
-            "inner_lr": settings.update_lr,
-            "order": 1 if settings.stop_grad else 2,
-            "transductive": settings.norm == "batch_norm",
-            "baseline": settings.baseline,
-        }
-        entry = {
-            "protocol": protocol,
-            "note": "update0 is measured on the support set, update1… on the query set",
-            "results": result.as_json(),
-            "command": shlex.join(sys.argv),
-            "versions": {
-                "maml": maml.__version__,
-                "tensorflow": tf.__version__,
-                "keras": keras.__version__,
-                "numpy": np.__version__,
-                "python": platform.python_version(),
-            },
-            "hardware": f"{platform.machine()}, {os.cpu_count()} cores, "
-            f"{len(tf.config.list_physical_devices('GPU'))} GPUs",
-        }
-        path = self.dir / "results.json"
-        entries = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
-        entries = [other for other in entries if other["protocol"] != protocol] + [entry]
-        _write_whole(path, json.dumps(entries, indent=1))
-        return table
+        path = pathlib.Path(self.settings.init_from)
+        if path.is_dir():
+            there = saved_iterations(path)
+            if not there:
+                raise UserError(f"--init_from={path}: no checkpoint in it (checkpoints/model-*.index).")
+            path = path / "checkpoints" / f"model-{there[-1]}"
+        status = _restored(tf.train.Checkpoint(network=network), path, "Give another --init_from")
+        status.expect_partial()
 
     def _restore(self, iteration: int) -> None:
-        path = str(self.dir / "checkpoints" / f"model-{iteration}")
-        try:
-            self._checkpoint.restore(path).assert_existing_objects_matched()
-        except (AssertionError, ValueError, LookupError, RuntimeError, tf.errors.OpError) as error:
-            raise UserError(
-                f"{path}: unreadable, or of another network than the flags describe "
-                f"({str(error).splitlines()[0]}). Test another one with --test_iter, or check the flags."
-            ) from error
+        path = self.dir / "checkpoints" / f"model-{iteration}"
+        _restored(self._checkpoint, path, "Test another one with --test_iter")
 
     def _refuse_other_settings(self) -> None:
         """A run folder may only be gone on with under the settings it was begun with."""
@@ -219,8 +201,14 @@ class Run:
         return self._writers[name]
 
 
-def _write_whole(path: pathlib.Path, text: str) -> None:
-    """Replaces a file, so that there is always the old or the new one, whole."""
-    temporary = path.with_suffix(".new")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+def _restored(checkpoint: tf.train.Checkpoint, path: pathlib.Path, advice: str):
+    """Restores all that the checkpoint holds from a path; a UserError where it cannot."""
+    try:
+        status = checkpoint.restore(str(path))
+        status.assert_existing_objects_matched()
+    except (AssertionError, ValueError, LookupError, RuntimeError, tf.errors.OpError) as error:
+        raise UserError(
+            f"{path}: unreadable, or of another network than the flags describe "
+            f"({str(error).splitlines()[0]}). {advice}, or check the flags."
+        ) from error
+    return status

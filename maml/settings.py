@@ -5,10 +5,13 @@ This module imports nothing heavy: a mistyped flag is answered at once.
 """
 
 import dataclasses
+import functools
+import hashlib
 import math
 import os
 import pathlib
 import re
+from collections.abc import Sequence
 
 from absl import flags
 
@@ -16,19 +19,23 @@ FLAGS = flags.FLAGS
 
 DATASOURCES = ("sinusoid", "omniglot", "miniimagenet", "folder")
 NORMS = ("batch_norm", "layer_norm", "None")
+CHECKPOINTS = ("newest", "best")
 
 
 class UserError(Exception):
     """A mistake the user can mend; its text is the whole message (exit code 2, no traceback)."""
 
 
-def _define_flags() -> None:
+def _define_flags(values: flags.FlagValues) -> None:
     string, integer, number, boolean, enum = (
-        flags.DEFINE_string,
-        flags.DEFINE_integer,
-        flags.DEFINE_float,
-        flags.DEFINE_bool,
-        flags.DEFINE_enum,
+        functools.partial(define, flag_values=values)
+        for define in (
+            flags.DEFINE_string,
+            flags.DEFINE_integer,
+            flags.DEFINE_float,
+            flags.DEFINE_bool,
+            flags.DEFINE_enum,
+        )
     )
     # Task
     enum("datasource", "sinusoid", DATASOURCES, "data set the tasks T_i ~ p(T) are drawn from")
@@ -69,6 +76,19 @@ def _define_flags() -> None:
     integer("test_num_query", None, "Q at validation and test (default: K)", lower_bound=1)
     integer("test_num_updates", 10, "inner gradient steps at validation and test", lower_bound=1)
     integer("num_test_tasks", 600, "tasks the test averages over", lower_bound=2)
+    enum(
+        "checkpoint",
+        "newest",
+        CHECKPOINTS,
+        "which checkpoint to test; best: at meta-validation after --num_updates steps, as the author chose",
+    )
+    boolean(
+        "transductive",
+        True,
+        "at validation and test, batch norm of the query set by its own statistics, as in the original; "
+        "--notransductive: by the support set's",
+    )
+    string("init_from", None, "run folder (its newest checkpoint) or checkpoint whose weights to begin with")
     string(
         "data_dir",
         os.environ.get("MAML_DATA_DIR", "data"),
@@ -82,10 +102,11 @@ def _define_flags() -> None:
     )
     integer("save_interval", 1000, "iterations between checkpoints (and validations)", lower_bound=1)
     for name in ("meta_lr", "update_lr", "train_update_lr"):
-        flags.register_validator(name, math.isfinite, f"--{name} needs a finite number")
+        message = f"--{name} needs a finite number"
+        flags.register_validator(name, math.isfinite, message, flag_values=values)
 
 
-_define_flags()
+_define_flags(FLAGS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,6 +144,9 @@ class Settings:
     test_num_query: int
     test_num_updates: int
     num_test_tasks: int
+    checkpoint: str
+    transductive: bool
+    init_from: str | None
     data_dir: str
     img_size: int | None
     skip_bad_images: bool
@@ -165,6 +189,9 @@ class Settings:
             # The data set is its own name; those of the others differ by the paper's values.
             name += f".folder-{re.sub(r'[^a-zA-Z0-9_-]+', '-', pathlib.Path(self.data_dir).resolve().stem)}"
         name += f".img{self.img_size}" if self.img_size != default_img_size(self.datasource) else ""
+        if self.init_from:
+            where = str(pathlib.Path(self.init_from).resolve())
+            name += f".from-{hashlib.sha256(where.encode()).hexdigest()[:8]}"
         return name + (f".seed{self.seed}" if self.seed else "")
 
     @property
@@ -206,6 +233,23 @@ def paper_values(datasource: str, way: int, shot: int) -> dict[str, object]:
     )
 
 
+def parse(arguments: Sequence[str]) -> Settings:
+    """The settings that `python main.py` runs with when given these arguments.
+
+    Raises:
+        UserError: where `main.py` would end with one.
+    """
+    values = flags.FlagValues()
+    _define_flags(values)
+    try:
+        rest = values(["maml", *arguments])
+    except (flags.Error, OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{error}.") from error
+    if len(rest) > 1:
+        raise UserError(f"found {' '.join(rest[1:])}, needed flags (--name=value).")
+    return resolve(values)[0]
+
+
 def resolve(values: flags.FlagValues = FLAGS) -> tuple[Settings, dict[str, object]]:
     """Checks the parsed flags and fills in what was not given.
 
@@ -235,6 +279,11 @@ def resolve(values: flags.FlagValues = FLAGS) -> tuple[Settings, dict[str, objec
     given["img_size"] = given["img_size"] or default_img_size(given["datasource"])
     given["num_query"] = given["num_query"] or train_shot
     given["test_num_query"] = given["test_num_query"] or shot
+    if not given["transductive"] and given["norm"] != "batch_norm":
+        raise UserError(
+            f"--notransductive concerns batch norm; found --norm={given['norm']}, which treats every "
+            f"example by itself. Drop --notransductive."
+        )
     return Settings(**given), paper
 
 
@@ -259,11 +308,15 @@ def _refuse_nonsense(given: dict, present) -> None:
                     f"--{name} selects the run or checkpoint to test; found it with training on. "
                     f"Add --train=False, or drop --{name}."
                 )
-        if given["pretrain_iterations"] + given["metatrain_iterations"] == 0:
+        if given["pretrain_iterations"] + given["metatrain_iterations"] == 0 and not given["init_from"]:
             raise UserError(
                 "nothing to train: found --pretrain_iterations=0 and --metatrain_iterations=0. "
-                "Set one of them, or test with --train=False."
+                "Set one of them, or test with --train=False, or test other weights with --init_from."
             )
+    if given["checkpoint"] == "best" and given["test_iter"] != -1:
+        raise UserError(
+            f"--checkpoint=best and --test_iter={given['test_iter']} both choose a checkpoint. Drop one."
+        )
     if given["train_update_batch_size"] == 0 or (
         given["train_update_lr"] < 0 and given["train_update_lr"] != -1
     ):
@@ -277,7 +330,7 @@ def as_flagfile(settings: Settings) -> str:
     """The settings as the text of an absl flagfile that repeats the run."""
     lines = []
     for name, value in dataclasses.asdict(settings).items():
-        if value is None or name in ("train_update_batch_size", "train_update_lr", "test_iter"):
+        if value is None or name in ("train_update_batch_size", "train_update_lr", "test_iter", "checkpoint"):
             continue
         lines.append(f"--{name}={str(value).lower() if isinstance(value, bool) else value}")
     return "\n".join(lines) + "\n"

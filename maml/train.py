@@ -12,6 +12,7 @@ from maml.build import test_spec, train_spec
 from maml.episodes import EpisodeSource, stream_blocks
 from maml.evaluate import measure_tasks
 from maml.learner import Maml
+from maml.results import validations
 from maml.run import Run
 from maml.settings import Settings, UserError
 
@@ -39,6 +40,8 @@ def train(settings: Settings, learner: Maml, data: EpisodeSource, run: Run) -> N
         block=block_length,
         start=iteration // block_length,
     )
+    if validating and iteration and iteration not in validations(run.dir):
+        _validate(settings, learner, data, run)  # the run was stopped between saving and validating
     window: dict[str, list[np.ndarray]] = collections.defaultdict(list)
     progress = _Progress(iteration, settings.iterations)
     block_number, block = -1, None
@@ -72,8 +75,10 @@ def train(settings: Settings, learner: Maml, data: EpisodeSource, run: Run) -> N
         if saving:
             run.save()
             if validating:
-                _validate(settings, learner, data, run, progress)
+                progress.say(_validate(settings, learner, data, run))
     progress.close()
+    if not settings.iterations:
+        run.save()  # weights of another run, to be tested as they are
     if iteration > first_iteration:
         share = waited / (time.monotonic() - begun)
         print(f"training waited for data {share:.2%} of the time", flush=True)
@@ -113,22 +118,29 @@ def _scalars(
     return scalars
 
 
-def _validate(
-    settings: Settings, learner: Maml, data: EpisodeSource, run: Run, progress: "_Progress"
-) -> None:
+def _validate(settings: Settings, learner: Maml, data: EpisodeSource, run: Run) -> str:
+    """Measures the present weights on the validation classes, records it, and says it in a line."""
     steps = settings.test_num_updates
-    result = measure_tasks(learner, data, test_spec(settings), "val", tasks=VALIDATION_TASKS, steps=steps)
+    result = measure_tasks(
+        learner,
+        data,
+        test_spec(settings),
+        "val",
+        tasks=VALIDATION_TASKS,
+        steps=steps,
+        transductive=settings.transductive,
+    )
     scalars = {}
     for part, measures in (("support", result.support), ("query", result.query)):
         for measure, values in measures.items():
             for j, mean in enumerate(values.mean(axis=0)):
                 scalars[f"{measure}/{part}_after_{j}_steps"] = float(mean)
-    run.write_scalars("validation", scalars)
+    run.record_validation(scalars)
     means = result.query[result.measure].mean(axis=0)
     unit = (lambda v: f"{100 * v:.1f} %") if result.measure == "accuracy" else (lambda v: f"{v:.3f}")
     marks = sorted({0, min(settings.num_updates, steps), steps})
     shown = ", ".join(f"{unit(means[j])} after {j}" for j in marks)
-    progress.say(
+    return (
         f"iteration {int(run.iteration)}: validation {result.measure} {shown} steps "
         f"({VALIDATION_TASKS} tasks); saved"
     )

@@ -65,7 +65,7 @@ def test_default_run_is_quiet_and_ends_with_a_table(trained):
 def test_run_folder_holds_everything(trained):
     run = trained[0] / SINUSOID
     folders = {"checkpoints", "train", "validation"}
-    files = {"flags", "results.json", "fits.png", "test_ubs5_stepsize0.001.csv"}
+    files = {"flags", "results.json", "validation.csv", "fits.png", "test_ubs5_stepsize0.001.csv"}
     assert {path.name for path in run.iterdir()} == folders | files
     assert (run / "fits.png").read_bytes().startswith(b"\x89PNG")
     saved = {path.name for path in (run / "checkpoints").glob("*.index")}

@@ -1,0 +1,128 @@
+"""What a run folder holds besides its weights: results, validations, which checkpoints. No TensorFlow.
+
+Every result carries its protocol, since the spread between published figures of MAML is protocol.
+"""
+
+import csv
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+import re
+import shlex
+import sys
+from typing import TYPE_CHECKING
+
+import maml
+from maml.settings import Settings
+
+if TYPE_CHECKING:
+    from maml.evaluate import TestResult
+
+LIBRARIES = ("tensorflow", "keras", "numpy")
+
+
+def protocol(settings: Settings) -> dict[str, object]:
+    """How a test of these settings measures, and what it measures; all of it known before the run."""
+    if settings.test_iter != -1:
+        checkpoint = f"iteration {settings.test_iter}"
+    elif settings.train:
+        checkpoint = f"{settings.checkpoint} of {settings.iterations}"
+    else:
+        checkpoint = settings.checkpoint
+    return {
+        "datasource": settings.datasource,
+        "split": settings.split,
+        "checkpoint": checkpoint,
+        "pretrain_iterations": settings.pretrain_iterations,
+        "seed": settings.seed,
+        "tasks": settings.num_test_tasks,
+        "way": settings.num_classes if settings.classification else None,
+        "shot": settings.update_batch_size,
+        "query_per_class": settings.test_num_query,
+        "train_query_per_class": settings.num_query,
+        "inner_steps": settings.test_num_updates,
+        "train_inner_steps": settings.num_updates,
+        "inner_lr": settings.update_lr,
+        "order": 1 if settings.stop_grad else 2,
+        "transductive": settings.norm == "batch_norm" and settings.transductive,
+        "baseline": settings.baseline,
+    }
+
+
+def write(settings: Settings, result: "TestResult", iteration: int, device: str) -> pathlib.Path:
+    """Writes the original's CSV and adds the result, with its protocol, to `results.json`.
+
+    A result of the same protocol is replaced.
+
+    Args:
+        settings: of the test.
+        result: what it found.
+        iteration: of the checkpoint tested.
+        device: what it ran on, in words.
+
+    Returns:
+        The path of the CSV.
+    """
+    table = settings.run_dir / f"test_ubs{settings.update_batch_size}_stepsize{settings.update_lr}.csv"
+    rows = result.series(result.measure)
+    with table.open("w", newline="", encoding="utf-8") as file:
+        out = csv.writer(file)
+        out.writerow([f"update{i}" for i in range(len(rows.mean))])
+        out.writerows(values.tolist() for values in rows)
+
+    entry = {
+        "protocol": protocol(settings),
+        "iterations": iteration,
+        "measure": result.measure,
+        "note": "update0 is measured on the support set, update1… on the query set",
+        "results": result.as_json(),
+        "command": shlex.join(sys.argv),
+        "versions": {
+            "maml": maml.__version__,
+            **{name: importlib.metadata.version(name) for name in LIBRARIES},
+            "python": platform.python_version(),
+        },
+        "hardware": f"{platform.machine()}, {os.cpu_count()} cores; {device}",
+    }
+    entries = [other for other in read(settings.run_dir) if other["protocol"] != entry["protocol"]]
+    write_whole(settings.run_dir / "results.json", json.dumps([*entries, entry], indent=1))
+    return table
+
+
+def read(run_dir: pathlib.Path) -> list[dict]:
+    """The results of a run folder, oldest first; none if nothing was tested yet."""
+    path = run_dir / "results.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+
+
+def find(settings: Settings) -> dict | None:
+    """The result that a run with these settings would write, if it is there already."""
+    wanted = protocol(settings)
+    return next((entry for entry in read(settings.run_dir) if entry["protocol"] == wanted), None)
+
+
+def validations(run_dir: pathlib.Path) -> dict[int, dict[str, float]]:
+    """The rows of `validation.csv`: {iteration: {TensorBoard tag: mean over the validation tasks}}."""
+    path = run_dir / "validation.csv"
+    if not path.is_file():
+        return {}
+    with path.open(newline="", encoding="utf-8") as file:
+        return {
+            int(row.pop("iteration")): {tag: float(value) for tag, value in row.items() if value}
+            for row in csv.DictReader(file)
+        }
+
+
+def saved_iterations(run_dir: pathlib.Path) -> list[int]:
+    """The iterations there are checkpoints of, ascending."""
+    names = (path.name for path in (run_dir / "checkpoints").glob("model-*.index"))
+    return sorted(int(match[1]) for match in map(re.compile(r"model-(\d+)\.index").fullmatch, names) if match)
+
+
+def write_whole(path: pathlib.Path, text: str) -> None:
+    """Replaces a file, so that there is always the old or the new one, whole."""
+    temporary = path.with_suffix(".new")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
