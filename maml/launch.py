@@ -1,0 +1,68 @@
+"""Runs of `main.py` in processes of their own, for the commands that need many of them."""
+
+import contextlib
+import shlex
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+from maml import results
+from maml.command import DONE, INTERRUPTED
+from maml.settings import FLAGS, Settings, UserError, parse
+
+
+class Job(NamedTuple):
+    """One run of `main.py`: its arguments, and the settings they come to."""
+
+    arguments: tuple[str, ...]
+    settings: Settings
+
+    @property
+    def command(self) -> str:
+        """What to type; without the folders, which differ from machine to machine."""
+        shown = [a for a in self.arguments if not a.startswith(("--logdir=", "--data_dir="))]
+        return shlex.join(["python", "main.py", *shown])
+
+
+def job(arguments: Sequence[str]) -> Job:
+    """The job of the given arguments; raises UserError if `main.py` would refuse them."""
+    return Job(tuple(arguments), parse(arguments))
+
+
+def given_flags(but: Sequence[str] = ()) -> list[str]:
+    """The flags of `main.py` on this command line, as arguments to hand on; not those named in `but`."""
+    ours = FLAGS.flags_by_module_dict()["maml.settings"]
+    return [flag.serialize() for flag in ours if flag.present and flag.name not in but]
+
+
+def result(job: Job, title: str) -> dict:
+    """The result of a job: the one that is there already, or else that of running it now.
+
+    Training goes on from where it was stopped. The run's output is shown under the title.
+
+    Raises:
+        UserError: if the run ends with an error, which it has then said itself.
+        KeyboardInterrupt: if it was interrupted.
+    """
+    if found := results.find(job.settings):
+        return found
+    print(f"\n=== {title}\n{job.command}", flush=True)
+    with _interrupt_left_to_the_run():
+        code = subprocess.run([sys.executable, "-m", "maml", *job.arguments], check=False).returncode
+    if code == INTERRUPTED:
+        raise KeyboardInterrupt
+    if code != DONE:
+        raise UserError(f"{title}: ended with exit code {code}: {job.command}")
+    return results.find(job.settings)
+
+
+@contextlib.contextmanager
+def _interrupt_left_to_the_run() -> Iterator[None]:
+    """Ctrl-C reaches this process and the run; only the run acts on it, and says so by its exit code."""
+    before = signal.signal(signal.SIGINT, lambda *_: None)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
