@@ -13,12 +13,19 @@ from maml.settings import FLAGS, UserError
 DONE, BAD_INPUT, INTERRUPTED = 0, 2, 130
 
 
-def run(work: Callable[[list[str]], None], *, operands: str = "", interrupted: str = "interrupted") -> None:
+def run(
+    work: Callable[[list[str]], None],
+    *,
+    operands: str = "",
+    any_number: bool = False,
+    interrupted: str = "interrupted",
+) -> None:
     """Parses the flags, does the work and exits.
 
     Args:
         work: is given the arguments that are not flags.
         operands: what these are, for the message where there are none; "": there may be none.
+        any_number: of operands, from none; else just one.
         interrupted: said after Ctrl-C.
     """
 
@@ -37,17 +44,17 @@ def run(work: Callable[[list[str]], None], *, operands: str = "", interrupted: s
 
     for flag in FLAGS.flags_by_module_dict()["maml.settings"]:
         FLAGS.register_key_flag_for_module(sys.argv[0], flag)  # what --helpshort shows
-    app.run(main, flags_parser=lambda arguments: _parse(arguments, operands))
+    app.run(main, flags_parser=lambda arguments: _parse(arguments, operands, any_number))
 
 
-def _parse(arguments: list[str], operands: str) -> list[str]:
+def _parse(arguments: list[str], operands: str, any_number: bool) -> list[str]:
     """The arguments that are not flags; one line instead of a usage page for a mistyped flag."""
     try:
         rest = FLAGS(arguments)
     except (flags.Error, OSError, UnicodeDecodeError) as error:
         print(f"error: {error}. See --helpshort.", file=sys.stderr)
         sys.exit(BAD_INPUT)
-    if operands and len(rest) != 2:
+    if operands and not any_number and len(rest) != 2:
         found = " ".join(rest[1:]) or "nothing"
         print(f"error: found {found}, needed one {operands}. See --helpshort.", file=sys.stderr)
         sys.exit(BAD_INPUT)

@@ -75,6 +75,7 @@ def write(settings: Settings, result: "TestResult", iteration: int, device: str)
     entry = {
         "protocol": protocol(settings),
         "iterations": iteration,
+        "trained_iterations": settings.iterations if settings.train else None,
         "measure": result.measure,
         "note": "update0 is measured on the support set, update1… on the query set",
         "results": result.as_json(),
@@ -101,6 +102,18 @@ def find(settings: Settings) -> dict | None:
     """The result that a run with these settings would write, if it is there already."""
     wanted = protocol(settings)
     return next((entry for entry in read(settings.run_dir) if entry["protocol"] == wanted), None)
+
+
+def furthest(settings: Settings) -> dict | None:
+    """The result that differs from what `find` looks for only by how long was trained, the longest."""
+
+    def but_iterations(entry_protocol: dict) -> dict:
+        return entry_protocol | {"checkpoint": str(entry_protocol["checkpoint"]).split()[0]}
+
+    wanted = but_iterations(protocol(settings))
+    found = [entry for entry in read(settings.run_dir) if but_iterations(entry["protocol"]) == wanted]
+    found = [entry for entry in found if entry["trained_iterations"]]
+    return max(found, key=lambda entry: entry["trained_iterations"], default=None)
 
 
 def validations(run_dir: pathlib.Path) -> dict[int, dict[str, float]]:

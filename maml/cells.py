@@ -1,0 +1,64 @@
+"""The supervised experiments of the paper: their published figures, and where they stand in it."""
+
+from typing import NamedTuple
+
+
+class Figure(NamedTuple):
+    """A published mean and the half-width of its 95 % interval, if that was published too."""
+
+    mean: float
+    ci95: float | None = None
+
+
+class Cell(NamedTuple):
+    """One experiment; its settings are in `flags/NAME.flags`.
+
+    Fields:
+        group: the table it belongs to.
+        place: where the paper has it.
+        steps: inner steps at test that the row (or rows) are about.
+        paper: {steps: the paper's figure}; accuracies in %.
+        original: the same of the original code, re-run; from `shared/DESIGN.md`.
+    """
+
+    group: str
+    place: str
+    steps: tuple[int, ...]
+    paper: dict[int, Figure] = {}
+    original: dict[int, Figure] = {}
+
+
+def _sinusoid(paper: dict[int, float] | None = None, original: dict[int, Figure] | None = None) -> Cell:
+    figures = {steps: Figure(mean) for steps, mean in (paper or {}).items()}
+    place = "section 5.1" if paper is None else "appendix"
+    return Cell("Sinusoid", place, (1, 5, 10), figures, original or {})
+
+
+def _images(group: str, steps: int, mean: float, ci95: float) -> Cell:
+    return Cell(group, "table 1", (steps,), {steps: Figure(mean, ci95)})
+
+
+CELLS = {
+    "sinusoid_5shot": _sinusoid({1: 0.67, 5: 0.38, 10: 0.35}),
+    "sinusoid_5shot_pretrained": _sinusoid({1: 2.41, 5: 2.23, 10: 2.19}),
+    "sinusoid_5shot_oracle": _sinusoid(),
+    "sinusoid_10shot": _sinusoid(
+        original={1: Figure(0.431, 0.040), 5: Figure(0.173, 0.020), 10: Figure(0.149, 0.018)}
+    ),
+    "sinusoid_10shot_pretrained": _sinusoid(),
+    "sinusoid_10shot_oracle": _sinusoid(),
+    "sinusoid_20shot": _sinusoid(),
+    "sinusoid_20shot_pretrained": _sinusoid(),
+    "sinusoid_20shot_oracle": _sinusoid(),
+    "omniglot_5way_1shot": _images("Omniglot", 3, 98.7, 0.4),
+    "omniglot_5way_5shot": _images("Omniglot", 3, 99.9, 0.1),
+    "omniglot_20way_1shot": _images("Omniglot", 5, 95.8, 0.3),
+    "omniglot_20way_5shot": _images("Omniglot", 5, 98.9, 0.2),
+    "omniglot_5way_1shot_noconv": _images("Omniglot", 3, 89.7, 1.1),
+    "omniglot_5way_5shot_noconv": _images("Omniglot", 3, 97.5, 0.6),
+    "miniimagenet_5way_1shot": _images("mini-ImageNet", 10, 48.70, 1.84),
+    "miniimagenet_5way_1shot_first_order": _images("mini-ImageNet", 10, 48.07, 1.75),
+    "miniimagenet_5way_5shot": _images("mini-ImageNet", 10, 63.11, 0.92),
+    "miniimagenet_5way_5shot_first_order": _images("mini-ImageNet", 10, 63.15, 0.91),
+    "photographs_5way_1shot": Cell("Photographs", "not in the paper", (10,)),
+}
