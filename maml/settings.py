@@ -93,7 +93,8 @@ def _define_flags(values: flags.FlagValues) -> None:
         "data_dir",
         os.environ.get("MAML_DATA_DIR", "data"),
         "folder that holds the data sets, for instance omniglot/ (environment: MAML_DATA_DIR); for "
-        "--datasource=folder the folder or .tar of {train,val,test}/<class>/* or <class>/* itself",
+        "--datasource=folder the folder, .tar or .zip of {train,val,test}/<class>/* or <class>/* itself, "
+        "where <class> may be several folders deep",
     )
     integer("img_size", None, "side of the images in pixels (default: Omniglot 28, photographs 84)", 16)
     boolean("skip_bad_images", False, "leave out images that cannot be read instead of stopping")

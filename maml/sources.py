@@ -27,6 +27,7 @@ DRAWING = re.compile(r"(?:.*/)?([^/]+/character\d+)/[^/]+\.png")
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 OTHER_SUFFIXES = (".txt", ".csv", ".tsv", ".md", ".rst", ".json", ".xml", ".html", ".ini", ".db", ".url")
 OTHER_NAMES = ("readme", "license", "licence", "copying", "citation", "makefile")
+SPLIT_LIKE = (*SPLITS, "training", "valid", "validation", "testing")  # whoever has these means splits
 
 Classes = Mapping[str, list[ImageFile]]
 
@@ -215,7 +216,9 @@ def _omniglot_forms(data_dir: pathlib.Path) -> str:
 def photographs(path: str | pathlib.Path) -> ImageSource:
     """The images in a folder (or .tar or .zip archive) of {train,val,test}/<class>/* or <class>/*.
 
-    In the second case the split is "all". A single folder around the whole is passed over.
+    In the second case the split is "all". A single folder around the whole is passed over. A class is a
+    folder without folders in it, at any depth; its name is its path below the split, or below the whole:
+    "Greek/character01". So folders hold either images or folders; texts may lie anywhere.
 
     Raises:
         UserError: if there is no such folder, or (when the splits are looked at) if it is laid out otherwise.
@@ -262,31 +265,37 @@ def _photo_splits(tree: FileTree) -> dict[str, Classes]:
         )
     if tops.issuperset(SPLITS):
         return {split: _photo_classes(tree.below(split)) for split in SPLITS}
-    if tops.issubset(SPLITS):
+    # A folder "test" of images may be a class, but one of folders is meant as a split. Taken for a part of
+    # the names, it would make one class of train/cat and another of validation/cat.
+    meant = {top for top in tops if top.lower() in SPLIT_LIKE and tree.below(top).folders}
+    if found := tops if tops.issubset(SPLITS) else meant:
         missing = ", ".join(sorted(set(SPLITS) - tops))
         raise UserError(
-            f"{tree.name}: found {', '.join(sorted(tops))} without {missing}. Needed train, val and test, or "
-            f"class folders alone, which are then split by --seed."
+            f"{tree.name}: found {', '.join(sorted(found))} without {missing}. Needed train, val and test, "
+            f"or class folders alone, which are then split by --seed. Rename them, or add what is missing."
         )
     return {"all": _photo_classes(tree)}
 
 
 def _photo_classes(tree: FileTree) -> dict[str, list[ImageFile]]:
-    """The images of every class folder of the tree."""
-    classes: dict[str, list[ImageFile]] = {name: [] for name in tree.top_folders()}
+    """The images of every folder without folders in it."""
+    holders = {folder.rpartition("/")[0] for folder in tree.folders}
+    classes: dict[str, list[ImageFile]] = {name: [] for name in sorted(tree.folders - holders)}
     if not classes:
         raise UserError(f"{tree.name}: found no class folders. Needed one folder of images per class.")
-    for folder in tree.folders:
-        if "/" in folder:
-            raise UserError(
-                f"{tree.path(folder)}: a folder inside a class folder; needed images there. Move them up."
-            )
     for file, read in tree.files.items():
-        name, _, rest = file.rpartition("/")
-        if name and not _no_image(rest):
-            classes[name].append(ImageFile(tree.path(file), read))
-        elif not name and file.lower().endswith(IMAGE_SUFFIXES):
+        folder, _, name = file.rpartition("/")
+        if not folder and name.lower().endswith(IMAGE_SUFFIXES):
             raise UserError(f"{tree.path(file)}: an image outside any class folder. Move it into one.")
+        if not folder or _no_image(name):
+            continue
+        if folder in holders:
+            inner = min(other for other in tree.folders if other.startswith(f"{folder}/"))
+            raise UserError(
+                f"{tree.path(inner)}: a folder inside a class folder, beside {name}. Needed images alone (a "
+                f"class) or folders alone (of classes) in {tree.path(folder)}. Move one or the other away."
+            )
+        classes[folder].append(ImageFile(tree.path(file), read))
     return classes
 
 

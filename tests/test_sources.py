@@ -261,13 +261,19 @@ def load(path: pathlib.Path, **options) -> ImageClasses:
     return datasets.load_photographs(sources.photographs(path), 0, 16, **options)
 
 
-def test_the_same_episodes_come_from_folder_tar_and_zip(tmp_path):
-    folder = written(tmp_path / "birds", good())
+def deep() -> Tree:
+    """The same, with the first class of every split two folders further down, below a text."""
+    return {name.replace("0/", "0/in/side/"): raw for name, raw in good().items()} | {"val/val0/a.txt": b"x"}
+
+
+@pytest.mark.parametrize(("tree", "first"), [(good(), "val0"), (deep(), "val0/in/side")])
+def test_the_same_episodes_come_from_folder_tar_and_zip(tmp_path, tree, first):
+    folder = written(tmp_path / "birds", tree)
     with tarfile.open(tmp_path / "birds.tar", "w") as archive:
         archive.add(folder, "./birds")
-    zipped(tmp_path / "birds.zip", {f"birds/{name}": content for name, content in good().items()})
+    zipped(tmp_path / "birds.zip", {f"birds/{name}": content for name, content in tree.items()})
     found = [load(path) for path in (folder, tmp_path / "birds.tar", tmp_path / "birds.zip")]
-    assert found[0].splits["val"].names == ("val0", "val1", "val2")
+    assert found[0].splits["val"].names == (first, "val1", "val2")
     assert found[0].splits["train"].counts.tolist() == [4, 4, 4]
     sums = [
         [
@@ -277,6 +283,17 @@ def test_the_same_episodes_come_from_folder_tar_and_zip(tmp_path):
         for one in found
     ]
     assert sums[0] == sums[1] == sums[2]
+
+
+def test_omniglot_read_as_photographs_has_its_964_characters(data_dir):
+    path = data_dir / "omniglot" / "images_background.zip"
+    classes = sources.photographs(path).splits["all"]
+    assert len(classes) == 964 and {len(files) for files in classes.values()} == {20}
+    assert len({name.partition("/")[0] for name in classes}) == 30  # alphabets
+    assert classes.keys() < sources.omniglot(data_dir).splits["all"].keys()
+    first = classes["Alphabet_of_the_Magi/character01"][0]
+    with zipfile.ZipFile(path) as archive:
+        assert first.read() == archive.read("images_background/Alphabet_of_the_Magi/character01/0709_01.png")
 
 
 def test_one_folder_of_classes_is_split_by_the_seed(tmp_path):
@@ -319,6 +336,10 @@ BAD = {
     "not an image": (good() | {"test/test1/film.mp4": b"film"}, r"film\.mp4 \(not an image\)"),
     "two bad ones": (good() | {"val/val0/8.jpg": b"", "test/test0/9.jpg": b"x"}, "2 images cannot be read"),
     "a folder in a class": (good() | {"val/val0/images/1.jpg": photograph("red")}, "inside a class folder"),
+    "an image among folders": (deep() | {"val/val0/1.jpg": NOISE}, r"val0/in: a folder inside a .*1\.jpg"),
+    "an empty folder in a class": (good() | {"val/val0/a/": b""}, "val0/a: a folder inside a class folder"),
+    "an empty class far down": (deep() | {"val/val0/a/b/": b""}, "class val0/a/b of val holds no images"),
+    "splits of other names": (without("val/") | {"Valid/a/1.jpg": NOISE}, "found Valid, test, train without"),
     "a stray image": (good() | {"val/1.jpg": photograph("red")}, "outside any class folder"),
     "two classes only": (
         {f"{c}/{i}.png": photograph(c, "png") for c in ("red", "blue") for i in range(3)},
