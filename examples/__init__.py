@@ -1,0 +1,1 @@
+"""The library on tasks that it does not bring along: `python -m examples.NAME`."""
