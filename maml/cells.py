@@ -1,5 +1,7 @@
 """The supervised experiments of the paper: their published figures, and where they stand in it."""
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 
@@ -24,8 +26,8 @@ class Cell(NamedTuple):
     group: str
     place: str
     steps: tuple[int, ...]
-    paper: dict[int, Figure] = {}
-    original: dict[int, Figure] = {}
+    paper: Mapping[int, Figure] = MappingProxyType({})
+    original: Mapping[int, Figure] = MappingProxyType({})
 
 
 def _sinusoid(paper: dict[int, float] | None = None, original: dict[int, Figure] | None = None) -> Cell:

@@ -15,9 +15,10 @@ from maml.results import write_whole
 
 HEADER = """# Results
 
-Written by `python -m maml.reproduce`; every row is a run of the command beside it, nothing is filled in by hand.
-Means ± 95 % confidence intervals over the test tasks (1.96·std/√tasks). The difference is to the paper, or where
-that has no figure to the original re-run: "within" means that it is no larger than the two intervals together.
+Written by `python -m maml.reproduce`; every row is a run of the command beside it. Means ± 95 % confidence
+intervals over the test tasks (1.96·std/√tasks); over several seeds, of the mean over seeds (lowest–highest). The
+difference is to the paper or, where that has no figure, to the original re-run: "within" means that it is no
+larger than the two intervals together.
 """
 COLUMNS = (
     "experiment", "steps at test", "paper", "original, re-run", "ours", "difference", "iterations",
@@ -26,10 +27,11 @@ COLUMNS = (
 
 
 class Outcome(NamedTuple):
-    """A cell with the jobs, one per seed, that give its results."""
+    """A cell, the jobs, one per seed, that give its results, and the iterations of the whole experiment."""
 
     name: str
     jobs: Sequence[Job]
+    full_iterations: int
 
     @property
     def cell(self) -> Cell:
@@ -80,7 +82,7 @@ def _rows(outcome: Outcome) -> Iterator[list[str]]:
             _shown(cell.original.get(steps), percent),
             _shown_over_seeds(ours, percent),
             _difference(ours, reference, percent),
-            _iterations(entries),
+            _iterations(entries, outcome.full_iterations),
             _protocol(entry, len(entries)),
             f"`{_command(job, entry)}`",
         ]
@@ -126,12 +128,11 @@ def _difference(ours: Sequence[Figure], reference: Figure | None, percent: bool)
     return f"{difference:+.{2 if percent else 3}f}, {'within' if within else '**outside**'}"
 
 
-def _iterations(entries: Sequence[tuple[Job, dict]]) -> str:
-    job, entry = entries[0]
-    trained = entry["trained_iterations"]
+def _iterations(entries: Sequence[tuple[Job, dict]], full: int) -> str:
+    trained = entries[0][1]["trained_iterations"]
     shown = f"{trained:,}"
-    if trained < job.full_iterations:
-        shown += f" of {job.full_iterations:,}"
+    if trained < full:
+        shown += f" of {full:,}"
     tested = {entry["iterations"] for _, entry in entries}
     if tested != {trained}:
         shown += f", tested at {', '.join(f'{iteration:,}' for iteration in sorted(tested))}"
@@ -195,7 +196,10 @@ def _figures(folder: pathlib.Path, group: str, members: Sequence[Outcome]) -> li
     if group == "Sinusoid":
         for outcome in members:
             fits = outcome.jobs[0].settings.run_dir / "fits.png"
-            if outcome.name == f"sinusoid_{outcome.jobs[0].settings.update_batch_size}shot" and fits.is_file():
+            if (
+                outcome.name == f"sinusoid_{outcome.jobs[0].settings.update_batch_size}shot"
+                and fits.is_file()
+            ):
                 paths.append(folder / f"{outcome.name}_fits.png")
                 shutil.copyfile(fits, paths[-1])
     paths.append(folder / f"{stem}_steps.png")
@@ -232,7 +236,10 @@ def _iteration_panel(outcome: Outcome) -> charts.Panel | None:
         ("support, before", "support_after_0_steps"),
         ("query, before", "query_after_0_steps"),
         (f"query, after {job.settings.num_updates}", f"query_after_{job.settings.num_updates}_steps"),
-        (f"query, after {job.settings.test_num_updates}", f"query_after_{job.settings.test_num_updates}_steps"),
+        (
+            f"query, after {job.settings.test_num_updates}",
+            f"query_after_{job.settings.test_num_updates}_steps",
+        ),
     ):
         points = {i: scale * row[f"{measure}/{tag}"] for i, row in rows.items() if f"{measure}/{tag}" in row}
         if points:

@@ -55,8 +55,8 @@ def job(cell: str, scale: float, overrides: Sequence[str] = ()) -> Job:
 def _scaled(pretrain: int, metatrain: int, scale: float) -> list[str]:
     pretrain, metatrain = round(pretrain * scale), round(metatrain * scale)
     interval = min(1000, max(1, (pretrain + metatrain) // 10))
-    counts = {"pretrain_iterations": pretrain, "metatrain_iterations": metatrain, "save_interval": interval}
-    return [f"--{name}={count}" for name, count in counts.items() if count]
+    pretraining = [f"--pretrain_iterations={pretrain}"] if pretrain else []
+    return [*pretraining, f"--metatrain_iterations={metatrain}", f"--save_interval={interval}"]
 
 
 def reproduce(asked: Sequence[str], *, scale: float, seeds: int, results_dir: pathlib.Path) -> list[str]:
@@ -76,6 +76,7 @@ def reproduce(asked: Sequence[str], *, scale: float, seeds: int, results_dir: pa
         cell: [job(cell, scale, [*overrides, *([f"--seed={seed}"] if seed else [])]) for seed in range(seeds)]
         for cell in CELLS
     }
+    full = {cell: job(cell, 1.0, overrides).settings.iterations for cell in CELLS}
     failures = []
     for number, cell in enumerate(asked, 1):
         for seed, one in enumerate(jobs[cell]):
@@ -85,7 +86,8 @@ def reproduce(asked: Sequence[str], *, scale: float, seeds: int, results_dir: pa
             except UserError as error:
                 failures.append(str(error))
         # Cells that were run earlier stay on the page.
-        report.write(results_dir, [report.Outcome(name, there) for name, there in jobs.items()])
+        outcomes = [report.Outcome(name, there, full[name]) for name, there in jobs.items()]
+        report.write(results_dir, outcomes)
     return failures
 
 
@@ -111,4 +113,9 @@ if __name__ == "__main__":
     flags.DEFINE_float("scale", 1.0, "runs every cell for this part of its iterations")
     flags.DEFINE_integer("seeds", 1, "runs of each cell, with seeds 0, 1, …", lower_bound=1)
     flags.DEFINE_string("results_dir", "results", "folder for RESULTS.md, results.csv and the figures")
-    command.run(_work, operands="cells", any_number=True, interrupted="interrupted; the same command goes on where it stopped")
+    command.run(
+        _work,
+        operands="cells",
+        any_number=True,
+        interrupted="interrupted; the same command goes on where it stopped",
+    )
