@@ -15,10 +15,11 @@ from maml.results import write_whole
 
 HEADER = """# Results
 
-Written by `python -m maml.reproduce`; every row is a run of the command beside it. Means ± 95 % confidence
-intervals over the test tasks (1.96·std/√tasks); over several seeds, of the mean over seeds (lowest–highest). The
-difference is to the paper or, where that has no figure, to the original re-run: "within" means that it is no
-larger than the two intervals together.
+Written by `python -m maml.reproduce`; every row is a run of the command beside it, which wants only
+`--logdir` and `--data_dir` added. Means ± 95 % confidence intervals over the test tasks (1.96·std/√tasks);
+of several seeds, of the mean over seeds (lowest–highest). The difference is to the paper or, where that has
+no figure, to the original re-run: "within" means that it is no larger than the two intervals together. A
+cell trained for fewer iterations than the paper's is not compared.
 """
 COLUMNS = (
     "experiment", "steps at test", "paper", "original, re-run", "ours", "difference", "iterations",
@@ -72,19 +73,20 @@ def _rows(outcome: Outcome) -> Iterator[list[str]]:
     cell, entries = outcome.cell, outcome.entries
     job, entry = entries[0]
     percent = entry["measure"] == "accuracy"
+    partial = entry["trained_iterations"] < outcome.full_iterations
+    command = f"`{_command(job, entry)}`"
+    run = [_iterations(entries, outcome.full_iterations), _protocol(entry, len(entries)), command]
     for steps in cell.steps:
         ours = [_figure(entry, steps) for _, entry in entries]
         reference = cell.paper.get(steps) or cell.original.get(steps)
         yield [
-            f"{outcome.name} ({cell.place})",
+            f"{outcome.name} ({cell.place})" if steps == cell.steps[0] else "",
             str(steps),
             _shown(cell.paper.get(steps), percent),
             _shown(cell.original.get(steps), percent),
             _shown_over_seeds(ours, percent),
-            _difference(ours, reference, percent),
-            _iterations(entries, outcome.full_iterations),
-            _protocol(entry, len(entries)),
-            f"`{_command(job, entry)}`",
+            "" if partial or reference is None else _difference(ours, reference, percent),
+            *(run if steps == cell.steps[0] else [""] * len(run)),
         ]
 
 
@@ -119,9 +121,7 @@ def _over_seeds(ours: Sequence[Figure]) -> Figure:
     return Figure(means.mean(), 1.96 * means.std(ddof=1) / np.sqrt(len(means)))
 
 
-def _difference(ours: Sequence[Figure], reference: Figure | None, percent: bool) -> str:
-    if reference is None:
-        return ""
+def _difference(ours: Sequence[Figure], reference: Figure, percent: bool) -> str:
     mine = _over_seeds(ours)
     difference = mine.mean - reference.mean
     within = abs(difference) <= mine.ci95 + (reference.ci95 or 0.0)
@@ -142,7 +142,8 @@ def _iterations(entries: Sequence[tuple[Job, dict]], full: int) -> str:
 def _protocol(entry: dict, seeds: int) -> str:
     asked = entry["protocol"]
     classes = f"meta-{'test' if asked['split'] == 'test' else 'validation'} tasks"
-    parts = [f"{asked['tasks']} {classes}", f"{asked['query_per_class']} queries per class"]
+    queries = "query points" if asked["way"] is None else "queries per class"
+    parts = [f"{asked['tasks']} {classes}", f"{asked['query_per_class']} {queries}"]
     parts += ["transductive"] if asked["transductive"] else []
     parts.append("first order" if asked["order"] == 1 else "second order")
     parts.append("best checkpoint" if asked["checkpoint"].startswith("best") else "last checkpoint")
