@@ -3,7 +3,7 @@
 import os
 
 from maml import command
-from maml.settings import Settings, UserError, resolve
+from maml.settings import RANDOM, Settings, UserError, resolve
 
 RESUMABLE = "interrupted; the same command goes on from the last checkpoint"
 
@@ -38,7 +38,7 @@ def _work(_: list[str]) -> None:
     learner = build.build_learner(settings, build.build_network(settings, one.support_x.shape[2:]))
     folder = Run(settings, learner)
     if settings.train:
-        if settings.init_from:
+        if settings.init_from and settings.init_from != RANDOM:
             folder.begin_from(learner.network)
         folder.begin()
         if int(folder.iteration):

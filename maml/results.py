@@ -111,8 +111,8 @@ def furthest(settings: Settings) -> dict | None:
         return entry_protocol | {"checkpoint": str(entry_protocol["checkpoint"]).split()[0]}
 
     wanted = but_iterations(protocol(settings))
-    found = [entry for entry in read(settings.run_dir) if but_iterations(entry["protocol"]) == wanted]
-    found = [entry for entry in found if entry["trained_iterations"]]
+    trained = [entry for entry in read(settings.run_dir) if entry.get("trained_iterations")]
+    found = [entry for entry in trained if but_iterations(entry["protocol"]) == wanted]
     return max(found, key=lambda entry: entry["trained_iterations"], default=None)
 
 

@@ -20,6 +20,7 @@ FLAGS = flags.FLAGS
 DATASOURCES = ("sinusoid", "omniglot", "miniimagenet", "folder")
 NORMS = ("batch_norm", "layer_norm", "None")
 CHECKPOINTS = ("newest", "best")
+RANDOM = "random"
 
 
 class UserError(Exception):
@@ -88,7 +89,12 @@ def _define_flags(values: flags.FlagValues) -> None:
         "at validation and test, batch norm of the query set by its own statistics, as in the original; "
         "--notransductive: by the support set's",
     )
-    string("init_from", None, "run folder (its newest checkpoint) or checkpoint whose weights to begin with")
+    string(
+        "init_from",
+        None,
+        "run folder (its newest checkpoint) or checkpoint whose weights to begin with; 'random' for fresh "
+        "ones, to test them with --metatrain_iterations=0",
+    )
     string(
         "data_dir",
         os.environ.get("MAML_DATA_DIR", "data"),
@@ -190,7 +196,9 @@ class Settings:
             # The data set is its own name; those of the others differ by the paper's values.
             name += f".folder-{re.sub(r'[^a-zA-Z0-9_-]+', '-', pathlib.Path(self.data_dir).resolve().stem)}"
         name += f".img{self.img_size}" if self.img_size != default_img_size(self.datasource) else ""
-        if self.init_from:
+        if self.init_from == RANDOM:
+            name += ".from-random"
+        elif self.init_from:
             where = str(pathlib.Path(self.init_from).resolve())
             name += f".from-{hashlib.sha256(where.encode()).hexdigest()[:8]}"
         return name + (f".seed{self.seed}" if self.seed else "")
@@ -312,7 +320,7 @@ def _refuse_nonsense(given: dict, present) -> None:
         if given["pretrain_iterations"] + given["metatrain_iterations"] == 0 and not given["init_from"]:
             raise UserError(
                 "nothing to train: found --pretrain_iterations=0 and --metatrain_iterations=0. "
-                "Set one of them, or test with --train=False, or test other weights with --init_from."
+                "Set one of them, or test with --train=False, or test other weights with --init_from (random: untrained)."
             )
     if given["checkpoint"] == "best" and given["test_iter"] != -1:
         raise UserError(

@@ -1,0 +1,161 @@
+"""Reproducing the paper by command: the cells' settings, their runs, and the page they make."""
+
+import csv
+import json
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+
+from maml import launch, report, reproduce
+from maml.cells import CELLS, Figure
+from maml.settings import UserError, parse
+from tests.test_cli import ROOT
+
+SINUSOID = {"datasource": "sinusoid", "norm": "None", "update_lr": 1e-3, "meta_batch_size": 25}
+FEW_WAYS = {"update_lr": 0.4, "num_updates": 1, "meta_batch_size": 32, "num_classes": 5}
+MANY_WAYS = {"update_lr": 0.1, "num_updates": 5, "meta_batch_size": 16, "num_classes": 20}
+PHOTOGRAPHS = {"update_lr": 0.01, "num_updates": 5, "num_filters": 32, "max_pool": True, "num_classes": 5}
+
+
+def settings_of(cell):
+    """The paper's settings (appendix A), written down a second time."""
+    shot = int(re.search(r"(\d+)shot", cell)[1])
+    expected = {"update_batch_size": shot, "iterations": 60000, "stop_grad": cell.endswith("first_order")}
+    if cell.startswith("sinusoid"):
+        expected |= SINUSOID | {"iterations": 70000}
+        expected["baseline"] = "oracle" if cell.endswith("oracle") else None
+        expected["pretrain_iterations"] = 70000 if cell.endswith(("pretrained", "oracle")) else 0
+    elif cell.startswith("omniglot"):
+        expected |= MANY_WAYS if "20way" in cell else FEW_WAYS
+        expected |= {"conv": not cell.endswith("noconv"), "num_filters": 64, "num_query": shot}
+    else:
+        expected |= PHOTOGRAPHS | {"meta_batch_size": 4 if shot == 1 else 2, "test_num_updates": 10}
+        expected["num_query"] = 5 if cell.startswith("photographs") else 15
+    if not cell.startswith("sinusoid"):
+        expected |= {"checkpoint": "best", "test_set": True, "norm": "batch_norm"}
+    return expected
+
+
+def test_every_flagfile_is_a_cell():
+    assert {path.stem for path in (ROOT / "flags").glob("*.flags")} == CELLS.keys()
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_flagfiles_hold_the_papers_settings_and_name_its_place(cell):
+    settings = parse([f"--flagfile={reproduce.flagfile(cell)}"])
+    found = {name: getattr(settings, name) for name in settings_of(cell)}
+    assert found == settings_of(cell)
+    comment = " ".join(reproduce.flagfile(cell).read_text().split("\n--")[0].split())
+    assert CELLS[cell].place.split()[0] in comment or "paper" in comment
+    for figure in CELLS[cell].paper.values():
+        assert f"{figure.mean:g}".removeprefix("0") in comment
+
+
+def run(logdir, *arguments, expect=0):
+    command = [
+        sys.executable,
+        "-m",
+        "maml.reproduce",
+        f"--logdir={logdir}",
+        f"--results_dir={logdir}/results",
+    ]
+    done = subprocess.run([*command, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert done.returncode == expect, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    return done
+
+
+@pytest.fixture(scope="module")
+def reproduced(tmp_path_factory):
+    logdir = tmp_path_factory.mktemp("reproduced")
+    cells = ("sinusoid_5shot", "sinusoid_5shot_pretrained", "miniimagenet_5way_1shot")
+    done = run(logdir, *cells, "--scale=0.002", f"--data_dir={logdir}", "--num_test_tasks=10", expect=2)
+    return logdir, done
+
+
+def rows(page):
+    lines = [line.strip("|").split("|") for line in page.splitlines() if line.startswith("| ")]
+    return [[cell.strip() for cell in line] for line in lines]
+
+
+def test_what_can_be_run_is_run_and_the_rest_named(reproduced):
+    logdir, done = reproduced
+    assert "miniimagenet_5way_1shot (3 of 3): ended with exit code 2" in done.stderr
+    page = (logdir / "results" / "RESULTS.md").read_text()
+    assert re.search(r"Not run: .*miniimagenet_5way_1shot,", page)
+    names = [row[0] for row in rows(page)[1:]]
+    assert names == [
+        "---", "sinusoid_5shot (appendix)", "", "", "sinusoid_5shot_pretrained (appendix)", "", "",
+    ]  # fmt: skip
+
+
+def test_the_page_shows_what_the_runs_wrote(reproduced):
+    logdir, _ = reproduced
+    results = logdir / "results"
+    runs = {
+        "sinusoid_5shot": "cls_5.mbs_25.ubs_5.numstep1.updatelr0.001nonorm",
+        "sinusoid_5shot_pretrained": "cls_5.mbs_25.ubs_5.numstep1.updatelr0.001nonorm.pretrain140",
+    }
+    page = rows((results / "RESULTS.md").read_text())[2:]
+    for i, (cell, folder) in enumerate(runs.items()):
+        (entry,) = json.loads((logdir / folder / "results.json").read_text())
+        loss = entry["results"]["query"]["loss"]
+        for row, steps in zip(page[3 * i :], (1, 5, 10), strict=False):
+            assert row[1] == str(steps)
+            assert row[2] == f"{CELLS[cell].paper[steps].mean:.3f}"
+            assert row[4] == f"{loss['mean'][steps]:.3f} ± {loss['ci95'][steps]:.3f}"
+            assert row[5] == ""  # not compared: 140 of 70,000 iterations
+        assert page[3 * i][6] == "140 of 70,000"
+        assert page[3 * i][8].startswith(f"`python main.py --flagfile=flags/{cell}.flags")
+    table = list(csv.DictReader((results / "results.csv").open()))
+    wanted = [r for r in table if (r["cell"], r["set"], r["steps"]) == ("sinusoid_5shot", "query", "10")]
+    (entry,) = json.loads((logdir / runs["sinusoid_5shot"] / "results.json").read_text())
+    assert [float(r["mean"]) for r in wanted] == [entry["results"]["query"]["loss"]["mean"][10]]
+    pictures = {path.name for path in results.glob("*.png")}
+    assert pictures == {"sinusoid_5shot_fits.png", "sinusoid_steps.png", "sinusoid_iterations.png"}
+
+
+def test_what_is_there_is_not_run_again_and_a_larger_scale_goes_on(reproduced):
+    logdir, _ = reproduced
+    again = run(logdir, "sinusoid_5shot", "--scale=0.002", f"--data_dir={logdir}", "--num_test_tasks=10")
+    assert "===" not in again.stdout
+    more = run(logdir, "sinusoid_5shot", "--scale=0.004", f"--data_dir={logdir}", "--num_test_tasks=10")
+    assert "resumed from iteration 140 of 280" in more.stdout
+    assert rows((logdir / "results" / "RESULTS.md").read_text())[2][6] == "280 of 70,000"
+
+
+def test_bad_requests_are_refused(tmp_path):
+    assert "the cells are sinusoid_5shot," in run(tmp_path, "sinusoid", expect=2).stderr
+    assert "needed more than 0" in run(tmp_path, "sinusoid_5shot", "--scale=0", expect=2).stderr
+
+
+def test_differences():
+    ours = [Figure(97.0, 0.8)]
+    assert report._difference(ours, Figure(98.0, 0.3), True) == "-1.00, within"
+    assert report._difference(ours, Figure(98.2, 0.3), True) == "-1.20, **outside**"
+    # Three seeds: mean 2, standard deviation 1, interval 1.96/√3 = 1.132.
+    seeds = [Figure(mean, 0.1) for mean in (1.0, 2.0, 3.0)]
+    assert report._shown_over_seeds(seeds, False) == "2.000 ± 1.132 (1.000–3.000)"
+    assert report._difference(seeds, Figure(3.1), False) == "-1.100, within"
+    assert report._difference(seeds, Figure(3.2), False) == "-1.200, **outside**"
+
+
+def test_scaled_baselines_train_for_the_part_asked(tmp_path):
+    for cell, expected in (("sinusoid_10shot_oracle", 700), ("sinusoid_10shot_pretrained", 700)):
+        settings = reproduce.job(cell, 0.01, [f"--logdir={tmp_path}"]).settings
+        assert settings.iterations == expected and settings.save_interval == 70
+    photographs = reproduce.job("photographs_5way_1shot", 0.01, ["--data_dir=/data"]).settings
+    assert photographs.data_dir == "/data/tiny_imagenet_fewshot.tar" and photographs.iterations == 600
+
+
+def test_jobs_are_refused_before_anything_runs():
+    with pytest.raises(UserError, match="baseline"):
+        launch.job(["--datasource=omniglot", "--baseline=oracle"])
+    with pytest.raises(UserError, match="no_such_flag"):
+        launch.job(["--no_such_flag=1"])
+    shown = launch.job(["--logdir=/a", "--data_dir=/b", "--norm=None"]).command
+    assert shown == "python main.py --norm=None"
+    assert pathlib.Path(reproduce.flagfile("sinusoid_5shot")).is_file()
