@@ -320,7 +320,8 @@ def _refuse_nonsense(given: dict, present) -> None:
         if given["pretrain_iterations"] + given["metatrain_iterations"] == 0 and not given["init_from"]:
             raise UserError(
                 "nothing to train: found --pretrain_iterations=0 and --metatrain_iterations=0. "
-                "Set one of them, or test with --train=False, or test other weights with --init_from (random: untrained)."
+                "Set one of them, or test with --train=False, or test other weights with --init_from "
+                "(--init_from=random: untrained ones)."
             )
     if given["checkpoint"] == "best" and given["test_iter"] != -1:
         raise UserError(
