@@ -16,9 +16,10 @@ setuptools.setup(
     long_description_content_type="text/markdown",
     license="MIT",
     python_requires=">=3.11",
-    packages=["maml", "maml.mini_imagenet"],
-    package_dir={"maml.mini_imagenet": "data/mini_imagenet"},
+    packages=["maml", "maml.mini_imagenet", "maml.flagfiles"],
+    package_dir={"maml.mini_imagenet": "data/mini_imagenet", "maml.flagfiles": "flags"},
     package_data={
+        "maml.flagfiles": ["*.flags", "sweeps/*.flags"],
         "maml.mini_imagenet": ["splits/*", "*.bib", "*.md", "*.tsv", "*.txt"],
     },
     install_requires=[
