@@ -14,7 +14,8 @@ from maml.cells import CELLS, Figure
 from maml.settings import UserError, parse
 from tests.test_cli import ROOT
 
-SINUSOID = {"datasource": "sinusoid", "norm": "None", "update_lr": 1e-3, "meta_batch_size": 25}
+SINUSOID = {"datasource": "sinusoid", "norm": "None", "meta_batch_size": 25}
+FINE_TUNING = {5: 0.01, 10: 0.02, 20: 0.02}  # the step sizes in the paper's figures of the baseline
 FEW_WAYS = {"update_lr": 0.4, "num_updates": 1, "meta_batch_size": 32, "num_classes": 5}
 MANY_WAYS = {"update_lr": 0.1, "num_updates": 5, "meta_batch_size": 16, "num_classes": 20}
 PHOTOGRAPHS = {"update_lr": 0.01, "num_updates": 5, "num_filters": 32, "max_pool": True, "num_classes": 5}
@@ -26,6 +27,7 @@ def settings_of(cell):
     expected = {"update_batch_size": shot, "iterations": 60000, "stop_grad": cell.endswith("first_order")}
     if cell.startswith("sinusoid"):
         expected |= SINUSOID | {"iterations": 70000}
+        expected["update_lr"] = FINE_TUNING[shot] if cell.endswith("pretrained") else 1e-3
         expected["baseline"] = "oracle" if cell.endswith("oracle") else None
         expected["pretrain_iterations"] = 70000 if cell.endswith(("pretrained", "oracle")) else 0
     elif cell.startswith("omniglot"):
