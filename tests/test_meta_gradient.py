@@ -309,6 +309,68 @@ def test_evaluation_sees_the_losses_that_training_sees():
     assert result.query["accuracy"].numpy() == pytest.approx(hits.mean(-1))
 
 
+# --- Batch norm by the support set --------------------------------------------------------------------
+
+BATCHED = {"conv_strided": False, "mlp_images": True}  # name: whether the learner runs all tasks as one
+
+
+def with_batch_norm(name: str) -> tuple[Maml, Episode]:
+    rng = np.random.default_rng(SEED)
+    maml = learner(name, "batch_norm", rng)
+    maml.vectorize = BATCHED[name]
+    return maml, episodes(name, rng)
+
+
+@pytest.mark.parametrize("name", BATCHED)
+def test_only_a_transductive_prediction_depends_on_the_other_queries(name):
+    maml, tasks = with_batch_norm(name)
+    other = np.array(tasks.query_x)
+    other[:, 1:] = 3 * other[:, 1:] + 1
+    changed = {}
+    for transductive in (True, False):
+        before, after, alone = (
+            maml.evaluate(episode, tf.constant(2), transductive).predictions.numpy()[:, :, 0]
+            for episode in (
+                tasks,
+                tasks._replace(query_x=tf.constant(other)),
+                tasks._replace(query_x=tasks.query_x[:, :1], query_y=tasks.query_y[:, :1]),
+            )
+        )
+        assert before.shape == (TASKS, 3, WAY)
+        assert before.std() > 0.1  # a network that predicts nothing would pass
+        changed[transductive] = [np.abs(found - before).max(axis=(0, 2)) for found in (after, alone)]
+    assert np.min(changed[True]) > 1e-2  # at every step
+    assert np.max(changed[False]) < 1e-12
+
+
+@pytest.mark.parametrize("name", BATCHED)
+def test_support_images_as_queries_are_predicted_as_among_the_support_set(name):
+    """The statistics are those of the whole support set of the task at hand, under the adapted weights."""
+    maml, tasks = with_batch_norm(name)
+    same = tasks._replace(query_x=tasks.support_x, query_y=tasks.support_y)
+    some = same._replace(query_x=same.query_x[:, 1:3], query_y=same.query_y[:, 1:3])
+    whole = maml.evaluate(same, tf.constant(2), True)
+    by_support = maml.evaluate(same, tf.constant(2), False)
+    np.testing.assert_allclose(by_support.predictions, whole.predictions, rtol=0, atol=1e-12)
+    for part in (by_support.query, by_support.support, whole.query):
+        np.testing.assert_allclose(part["loss"], whole.support["loss"], rtol=1e-12)
+    predictions = maml.evaluate(some, tf.constant(2), False).predictions
+    np.testing.assert_allclose(predictions, whole.predictions[:, :, 1:3], rtol=0, atol=1e-12)
+
+
+def test_adapting_and_evaluating_leave_the_network_as_it_was():
+    maml, tasks = with_batch_norm("conv_strided")
+    before = [variable.numpy() for variable in maml.network.variables]
+    maml.meta_gradient(tasks)
+    for transductive in (True, False):
+        maml.evaluate(tasks, tf.constant(2), transductive)
+    for variable, value in zip(maml.network.variables, before, strict=True):
+        np.testing.assert_array_equal(variable, value, err_msg=variable.path)
+
+
+# --- The outer loop's bookkeeping ---------------------------------------------------------------------
+
+
 def test_the_meta_gradient_is_clipped_entry_by_entry_before_adam():
     bound = 0.05
     clipped, tasks = small(clip=bound)

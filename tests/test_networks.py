@@ -76,7 +76,10 @@ def test_the_variables_have_the_originals_names_and_shapes(name):
     network = make()
     assert shapes(network) == expected
     assert sum(int(np.prod(variable.shape)) for variable in network.trainable_variables) == count
-    assert network.non_trainable_variables == []  # moving statistics, say
+    norms = [layer for layer in network.layers if isinstance(layer, BatchNorm)]
+    statistics = [id(variable) for norm in norms for variable in (norm.mean, norm.variance)]
+    assert [id(variable) for variable in network.non_trainable_variables] == statistics
+    assert not {id(variable) for variable in network.trainable_variables}.intersection(statistics)
 
 
 @pytest.mark.parametrize(
@@ -201,7 +204,7 @@ def assign(layer: keras.layers.Layer, rng: np.random.Generator) -> dict[str, np.
 
 
 @pytest.mark.parametrize("shape", [(6, 5), (4, 3, 3, 5)])
-@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("training", [True, None])
 def test_batch_norm_uses_the_biased_statistics_of_the_batch(shape, training):
     rng = np.random.default_rng(0)
     x = 0.1 * rng.normal(size=shape) + 3  # so little variance that epsilon shows
@@ -211,6 +214,23 @@ def test_batch_norm_uses_the_biased_statistics_of_the_batch(shape, training):
     axes = tuple(range(len(shape) - 1))
     expected = (x - x.mean(axes)) / np.sqrt(x.var(axes) + 1e-3) + beta
     np.testing.assert_allclose(layer(x, training=training), expected, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("shape", [(6, 5), (4, 3, 3, 5)])
+def test_batch_norm_keeps_the_statistics_of_the_last_batch_for_when_it_does_not_train(shape):
+    rng = np.random.default_rng(0)
+    earlier, last, x = 0.1 * rng.normal(size=(3, *shape)) + np.array([5, 3, 2]).reshape(3, *[1] * len(shape))
+    layer = BatchNorm(dtype="float64")
+    layer.build(shape)
+    beta = assign(layer, rng)["beta"]
+    fresh = layer(x, training=False)
+    np.testing.assert_allclose(fresh, x / np.sqrt(1 + 1e-3) + beta, rtol=1e-11, atol=1e-12)
+    for batch in (earlier, last):
+        layer(batch, training=True)
+    axes = tuple(range(len(shape) - 1))
+    expected = (x - last.mean(axes)) / np.sqrt(last.var(axes) + 1e-3) + beta
+    for size in (len(x), 1):  # the second time too: looking at x has changed nothing
+        np.testing.assert_allclose(layer(x[:size], training=False), expected[:size], rtol=1e-11, atol=1e-12)
 
 
 @pytest.mark.parametrize("shape", [(6, 5), (4, 3, 3, 5)])
