@@ -9,7 +9,7 @@ import tensorflow as tf
 
 from maml.learner import Maml
 from maml.results import saved_iterations, validations, write_whole
-from maml.settings import Settings, UserError, as_flagfile, read_flagfile
+from maml.settings import Settings, UserError, as_flagfile, parse, read_flagfile
 
 # Flags that may differ between a run and its continuation: they change how long and how it is
 # watched, not what is computed.
@@ -173,10 +173,11 @@ class Run:
     def _refuse_other_settings(self) -> None:
         """A run folder may only be gone on with under the settings it was begun with."""
         try:
-            before = read_flagfile((self.dir / "flags").read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+            # By way of the settings, so that a flag newer than the run has its default.
+            before = read_flagfile(as_flagfile(parse([f"--flagfile={self.dir / 'flags'}"])))
+        except UserError as error:
             raise UserError(
-                f"{self.dir / 'flags'}: missing or damaged; cannot tell what the run is."
+                f"{self.dir / 'flags'}: missing or damaged; cannot tell what the run is ({error})"
             ) from error
         now = read_flagfile(as_flagfile(self.settings))
         free = set(FREE_FLAGS)

@@ -77,7 +77,7 @@ def test_run_folder_holds_everything(trained):
     entry = json.loads((run / "results.json").read_text())[0]
     assert entry["results"]["update"]["loss"]["mean"] == list(means)
     expected = {
-        "iterations": 350,
+        "checkpoint": "newest of 350",
         "seed": 0,
         "tasks": 10,
         "query_per_class": 5,
@@ -85,6 +85,7 @@ def test_run_folder_holds_everything(trained):
         "order": 2,
     }
     assert expected.items() <= entry["protocol"].items()
+    assert entry["iterations"] == entry["trained_iterations"] == 350
 
 
 def test_tensorboard_curves_have_every_point_once(trained):
@@ -125,7 +126,7 @@ def test_testing_a_checkpoint_by_iteration(trained):
     done = maml(trained[0], "--train=False", "--test_iter=200", "--test_set", *TINY)
     assert "after 200 iterations" in done.stdout and "meta-test" in done.stdout
     entries = json.loads((trained[0] / SINUSOID / "results.json").read_text())
-    assert [entry["protocol"]["iterations"] for entry in entries] == [350, 200]
+    assert [entry["iterations"] for entry in entries] == [350, 200]
 
 
 @pytest.mark.parametrize(
