@@ -51,7 +51,7 @@ def result(job: Job, title: str) -> dict:
     print(f"\n=== {title}\n{job.command}", flush=True)
     with _interrupt_left_to_the_run():
         code = subprocess.run([sys.executable, "-m", "maml", *job.arguments], check=False).returncode
-    if code == INTERRUPTED:
+    if code in (INTERRUPTED, -signal.SIGINT):
         raise KeyboardInterrupt
     if code != DONE:
         raise UserError(f"{title}: ended with exit code {code}: {job.command}")
