@@ -99,7 +99,7 @@ def test_the_page_shows_what_the_runs_wrote(reproduced):
     results = logdir / "results"
     runs = {
         "sinusoid_5shot": "cls_5.mbs_25.ubs_5.numstep1.updatelr0.001nonorm",
-        "sinusoid_5shot_pretrained": "cls_5.mbs_25.ubs_5.numstep1.updatelr0.001nonorm.pretrain140",
+        "sinusoid_5shot_pretrained": "cls_5.mbs_25.ubs_5.numstep1.updatelr0.01nonorm.pretrain140",
     }
     page = rows((results / "RESULTS.md").read_text())[2:]
     for i, (cell, folder) in enumerate(runs.items()):
@@ -112,7 +112,7 @@ def test_the_page_shows_what_the_runs_wrote(reproduced):
             assert row[5] == ""  # not compared: 140 of 70,000 iterations
         assert page[3 * i][6] == "140 of 70,000"
         assert page[3 * i][8].startswith(f"`python main.py --flagfile=flags/{cell}.flags")
-    table = list(csv.DictReader((results / "results.csv").open()))
+    table = list(csv.DictReader((results / "results.csv").read_text().splitlines()))
     wanted = [r for r in table if (r["cell"], r["set"], r["steps"]) == ("sinusoid_5shot", "query", "10")]
     (entry,) = json.loads((logdir / runs["sinusoid_5shot"] / "results.json").read_text())
     assert [float(r["mean"]) for r in wanted] == [entry["results"]["query"]["loss"]["mean"][10]]
