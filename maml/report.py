@@ -222,6 +222,9 @@ def _step_panels(members: Sequence[Outcome]) -> list[charts.Panel]:
         title += f"{job.settings.update_batch_size}-shot"
         label = outcome.name.split("shot")[-1].strip("_").replace("_", " ") or "MAML"
         mean, ci95 = (scale * np.array(measured[name]) for name in ("mean", "ci95"))
+        if job.settings.baseline == "oracle":
+            # It knows the task and should not adapt: steps from so sharp a minimum only lead away.
+            label, mean, ci95 = "oracle, no step", 0 * mean + mean[0], 0 * ci95 + ci95[0]
         panels.setdefault(title, []).append(charts.Line(label, range(len(mean)), mean, ci95))
     y_label = "mean squared error" if not job.settings.classification else "accuracy, %"
     return [charts.Panel(title, "gradient steps at test", y_label, lines) for title, lines in panels.items()]
