@@ -41,8 +41,13 @@ def _oracle() -> Cell:
     return Cell("Sinusoid", "section 5.1", (0, 1, 10))
 
 
-def _images(group: str, steps: int, mean: float, ci95: float) -> Cell:
-    return Cell(group, "table 1", (steps,), {steps: Figure(mean, ci95)})
+def _images(group: str, steps: int, mean: float, ci95: float, *, also: tuple[int, ...] = ()) -> Cell:
+    return Cell(group, "table 1", (*also, steps), {steps: Figure(mean, ci95)})
+
+
+def _five_way(mean: float, ci95: float) -> Cell:
+    # Trained with one step and tested after three, which a young network may not bear.
+    return _images("Omniglot", 3, mean, ci95, also=(1,))
 
 
 CELLS = {
@@ -57,12 +62,12 @@ CELLS = {
     "sinusoid_20shot": _sinusoid(),
     "sinusoid_20shot_pretrained": _sinusoid(),
     "sinusoid_20shot_oracle": _oracle(),
-    "omniglot_5way_1shot": _images("Omniglot", 3, 98.7, 0.4),
-    "omniglot_5way_5shot": _images("Omniglot", 3, 99.9, 0.1),
+    "omniglot_5way_1shot": _five_way(98.7, 0.4),
+    "omniglot_5way_5shot": _five_way(99.9, 0.1),
     "omniglot_20way_1shot": _images("Omniglot", 5, 95.8, 0.3),
     "omniglot_20way_5shot": _images("Omniglot", 5, 98.9, 0.2),
-    "omniglot_5way_1shot_noconv": _images("Omniglot", 3, 89.7, 1.1),
-    "omniglot_5way_5shot_noconv": _images("Omniglot", 3, 97.5, 0.6),
+    "omniglot_5way_1shot_noconv": _five_way(89.7, 1.1),
+    "omniglot_5way_5shot_noconv": _five_way(97.5, 0.6),
     "miniimagenet_5way_1shot": _images("mini-ImageNet", 10, 48.70, 1.84),
     "miniimagenet_5way_1shot_first_order": _images("mini-ImageNet", 10, 48.07, 1.75),
     "miniimagenet_5way_5shot": _images("mini-ImageNet", 10, 63.11, 0.92),
