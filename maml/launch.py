@@ -21,9 +21,14 @@ class Job(NamedTuple):
 
     @property
     def command(self) -> str:
-        """What to type; without the folders, which differ from machine to machine."""
-        shown = [a for a in self.arguments if not a.startswith(("--logdir=", "--data_dir="))]
-        return shlex.join(["python", "main.py", *shown])
+        """What to type; see `shown`."""
+        return shlex.join(["python", "main.py", *shown(self.arguments, self.settings)])
+
+
+def shown(arguments: Sequence[str], settings: Settings) -> list[str]:
+    """The arguments without the folders, which differ from machine to machine; but one's own images stay."""
+    hidden = ("--logdir=",) if settings.datasource == "folder" else ("--logdir=", "--data_dir=")
+    return [argument for argument in arguments if not argument.startswith(hidden)]
 
 
 def job(arguments: Sequence[str]) -> Job:

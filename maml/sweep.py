@@ -210,8 +210,9 @@ def _page(sweep: Sweep, outcomes: Sequence[Outcome]) -> str:
     measures = _all_values(SHOWN[outcome.measure][2] for outcome in outcomes)
     measured = [outcome.combination for outcome in outcomes]
     missing = [combination.label for combination in sweep.combinations if combination not in measured]
-    base = launch.given_flags(but=(*sweep.grid, "logdir", "data_dir", "log", "resume"))
-    typed = [a for a in sys.argv[1:] if not a.startswith(("--logdir=", "--data_dir=", "--out="))]
+    settings = sweep.combinations[0].job.settings
+    base = launch.shown(launch.given_flags(but=(*sweep.grid, "log", "resume")), settings)
+    typed = [a for a in launch.shown(sys.argv[1:], settings) if not a.startswith("--out=")]
     parts = [
         f"# Sweep: {sweep.name}",
         f"What does {asked} make of the test? Means over the tasks ± 95 % CI: {measures}.",
