@@ -268,12 +268,3 @@ def test_the_written_flagfile_repeats_the_run(arguments, tmp_path):
     again, reported = resolve(parse(f"--flagfile={path}"))
     assert again == found
     assert reported == {}
-
-
-@pytest.mark.parametrize("path", sorted((pathlib.Path(__file__).parent.parent / "flags").glob("*.flags")))
-def test_every_flagfile_parses_and_says_what_it_reproduces(path):
-    assert path.read_text().startswith("#")
-    found = settings(f"--flagfile={path}")
-    assert found.metatrain_iterations in (60000, 70000)
-    if found.datasource == "miniimagenet":
-        assert found.num_query == 15
