@@ -264,6 +264,8 @@ def shipped(path: pathlib.Path) -> tuple[str, list[str], list[str]]:
 
 
 FLAGFILES = sorted((ROOT / "flags" / "sweeps").glob("*.flags"))
+CROSS_DOMAIN = ROOT / "flags" / "sweeps" / "cross_domain.flags"  # its grid names folders
+FLAGFILES.remove(CROSS_DOMAIN)
 
 
 @pytest.mark.parametrize("path", FLAGFILES, ids=[path.stem for path in FLAGFILES])
@@ -285,6 +287,21 @@ def test_the_sweeps_that_come_along_can_be_planned(path):
     assert len({c.job.settings.test_num_query for c in combinations}) == 1
 
 
+def test_one_network_fits_both_domains_and_the_commands_in_the_comment_can_be_planned():
+    _, own, base = shipped(CROSS_DOMAIN)
+    assert not own
+    comment = CROSS_DOMAIN.read_text().replace("\\\n#", "")
+    commands = re.findall(r'--name=(\w+) +--data_dir=DATA/(\S+) --grid="(.+)"', comment)
+    assert [name for name, _, _ in commands] == [
+        "photographs_from_scratch", "omniglot_from_photographs", "photographs_from_omniglot",
+    ]  # fmt: skip
+    for _, images, grid in commands:
+        planned = sweep.plan(sweep.read_grid(grid), [*base, f"--data_dir=/data/{images}"])
+        runs = {c.job.settings.run_dir for c in planned}
+        assert len(runs) == grid.count(",RUN") + 1
+        assert {(c.job.settings.img_size, c.job.settings.max_pool) for c in planned} == {(28, False)}
+
+
 def test_there_are_sweeps():
     assert {path.stem for path in FLAGFILES} >= {
         "classes", "inner_updates", "effective_batch", "filters", "shots", "meta_batch_size",
@@ -297,7 +314,7 @@ def test_validation_against_test_measures_the_run_of_the_omniglot_flagfile():
     grid = sweep.read_grid(next(line for line in own if line.startswith("--grid=")).removeprefix("--grid="))
     run = sweep.launch.job([f"--flagfile={ROOT / 'flags' / 'omniglot_5way_1shot.flags'}"]).settings
     combinations = sweep.plan(grid, base)
-    assert len(combinations) == 14
+    assert len(combinations) == 2 * len(grid["test_iter"])
     assert {c.job.settings.run_dir for c in combinations} == {run.run_dir}
     assert not any(c.job.settings.train for c in combinations)
 
