@@ -8,6 +8,7 @@ from tqdm import tqdm
 
 from maml.episodes import EpisodeSource, EpisodeSpec
 from maml.learner import Adaptation, Maml
+from maml.results import SHOWN
 from maml.settings import Settings
 
 CHUNK = 20  # tasks held in memory at once
@@ -105,9 +106,7 @@ def table(result: TestResult, settings: Settings, iteration: int) -> str:
     if settings.norm == "batch_norm":
         over = "query set (transductive)" if settings.transductive else "support set (not transductive)"
         head += f", batch norm over the {over}"
-    percent = result.measure == "accuracy"
-    scale, name = (100.0, "accuracy, %") if percent else (1.0, "mean squared error")
-    digits = 2 if percent else 3
+    scale, digits, name = SHOWN[result.measure]
 
     def line(step: int, where: str, values: Series) -> str:
         mean, ci95 = scale * values.mean[step], scale * values.ci95[step]

@@ -7,9 +7,7 @@ are those of the run folder, then those of the command line; every figure is the
 `main.py --train=False` gives with the same switches.
 """
 
-import csv
 import dataclasses
-import io
 import pathlib
 import shlex
 import sys
@@ -163,7 +161,7 @@ def head(settings: Settings) -> str:
     split = {"val": "meta-validation", "test": "meta-test"}[settings.split]
     order = "first" if settings.stop_grad else "second"
     way = f" {settings.num_classes}-way" if settings.classification else ""
-    measure = "accuracy, %" if settings.classification else "mean squared error"
+    measure = results.SHOWN["accuracy" if settings.classification else "loss"][2]
     columns = [
         f"{step} step{'s' * (step > 1)}" + (f", {tasks} tasks" if len(task_counts(settings)) > 1 else "")
         for tasks in task_counts(settings)
@@ -187,7 +185,7 @@ def line(variant: Variant, result: "TestResult") -> str:
     from maml.evaluate import series
 
     settings = variant.settings
-    scale, digits = (100.0, 2) if result.measure == "accuracy" else (1.0, 3)
+    scale, digits, _ = results.SHOWN[result.measure]
     cells = []
     for tasks in task_counts(settings):
         mean, _, ci95 = series(result.query[result.measure][:tasks])
@@ -221,11 +219,7 @@ def as_csv(measured: list[tuple[Variant, "TestResult"]], device: str) -> str:
                     | {"step": step, "mean": float(mean), "std": float(std), "ci95": float(ci95)}
                     | {"command": shlex.join(sys.argv), "device": device}
                 )
-    text = io.StringIO()
-    out = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    out.writeheader()
-    out.writerows(rows)
-    return text.getvalue()
+    return results.csv_text(rows)
 
 
 def _steps(settings: Settings) -> list[int]:

@@ -1,10 +1,11 @@
 """The results page: paper, original and ours side by side, each figure with its protocol and command."""
 
 import csv
+import dataclasses
+import functools
 import pathlib
 import shutil
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
 
 import numpy as np
 
@@ -27,7 +28,8 @@ COLUMNS = (
 )  # fmt: skip
 
 
-class Outcome(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Outcome:
     """A cell, the jobs, one per seed, that give its results, and the iterations of the whole experiment."""
 
     name: str
@@ -39,7 +41,7 @@ class Outcome(NamedTuple):
         """The experiment."""
         return CELLS[self.name]
 
-    @property
+    @functools.cached_property
     def entries(self) -> list[tuple[Job, dict]]:
         """The jobs that have a result, and that: the one asked for, or the longest trained one."""
         found = [(job, results.find(job.settings) or results.furthest(job.settings)) for job in self.jobs]

@@ -5,7 +5,6 @@ and tested; a page, a table and figures are written to `results/` after each. Fl
 here hold for every cell (`--num_test_tasks=6000`, `--logdir=…`).
 """
 
-import importlib.util
 import pathlib
 from collections.abc import Sequence
 
@@ -19,12 +18,8 @@ from maml.settings import FLAGS, UserError, parse
 
 def flagfile(cell: str) -> pathlib.Path:
     """The flagfile of a cell: in the checkout, or in the installed package."""
-    checkout = pathlib.Path(__file__).parent.parent / "flags"
-    if checkout.is_dir():
-        folder = checkout
-    else:
-        spec = importlib.util.find_spec("maml.flagfiles")  # setup.py installs flags/ under this name
-        folder = pathlib.Path(next(iter(spec.submodule_search_locations)))
+    package = pathlib.Path(__file__).parent  # setup.py installs flags/ as maml.flagfiles
+    folder = next(filter(pathlib.Path.is_dir, (package / "flagfiles", package.parent / "flags")))
     path, here = folder / f"{cell}.flags", pathlib.Path.cwd()
     return path.relative_to(here) if path.is_relative_to(here) else path
 

@@ -5,6 +5,7 @@ Every result carries its protocol, since the spread between published figures of
 
 import csv
 import importlib.metadata
+import io
 import json
 import os
 import pathlib
@@ -12,6 +13,7 @@ import platform
 import re
 import shlex
 import sys
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import maml
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
     from maml.evaluate import TestResult
 
 LIBRARIES = ("tensorflow", "keras", "numpy")
+# How a measure is shown: its factor, its decimals, its name.
+SHOWN = {"accuracy": (100.0, 2, "accuracy, %"), "loss": (1.0, 3, "mean squared error")}
 
 
 def protocol(settings: Settings) -> dict[str, object]:
@@ -132,6 +136,16 @@ def saved_iterations(run_dir: pathlib.Path) -> list[int]:
     """The iterations there are checkpoints of, ascending."""
     names = (path.name for path in (run_dir / "checkpoints").glob("model-*.index"))
     return sorted(int(match[1]) for match in map(re.compile(r"model-(\d+)\.index").fullmatch, names) if match)
+
+
+def csv_text(rows: Sequence[dict[str, object]]) -> str:
+    """Rows as CSV under one header; the columns are all that occur, and stay empty where a row has none."""
+    text = io.StringIO()
+    columns = dict.fromkeys(name for row in rows for name in row)
+    out = csv.DictWriter(text, list(columns), lineterminator="\n")
+    out.writeheader()
+    out.writerows(rows)
+    return text.getvalue()
 
 
 def write_whole(path: pathlib.Path, text: str) -> None:

@@ -1,14 +1,12 @@
 """A run is a folder: its flags, checkpoints, TensorBoard events, figures and results."""
 
-import csv
-import io
 import pathlib
 
 import keras
 import tensorflow as tf
 
 from maml.learner import Maml
-from maml.results import saved_iterations, validations, write_whole
+from maml.results import csv_text, saved_iterations, validations, write_whole
 from maml.settings import Settings, UserError, as_flagfile, parse, read_flagfile
 
 # Flags that may differ between a run and its continuation: they change how long and how it is
@@ -114,12 +112,8 @@ class Run:
         """Keeps what validation found at the present iteration, in TensorBoard and in `validation.csv`."""
         self.write_scalars("validation", scalars)
         rows = validations(self.dir) | {int(self.iteration): scalars}
-        columns = dict.fromkeys(tag for row in rows.values() for tag in row)
-        text = io.StringIO()
-        out = csv.DictWriter(text, ["iteration", *columns], lineterminator="\n")
-        out.writeheader()
-        out.writerows({"iteration": iteration, **rows[iteration]} for iteration in sorted(rows))
-        write_whole(self.dir / "validation.csv", text.getvalue())
+        table = csv_text([{"iteration": iteration, **rows[iteration]} for iteration in sorted(rows)])
+        write_whole(self.dir / "validation.csv", table)
 
     def write_scalars(self, writer: str, scalars: dict[str, float]) -> None:
         """Writes TensorBoard scalars at the present iteration to "train" or "validation"."""

@@ -5,9 +5,7 @@ tested like any other run, in its own run folder, unless that is done already. T
 `flags/sweeps/` are flagfiles that hold the grid too.
 """
 
-import csv
 import dataclasses
-import io
 import itertools
 import os
 import pathlib
@@ -21,13 +19,13 @@ from absl import flags
 
 from maml import command, launch, results
 from maml.launch import Job
+from maml.results import SHOWN
 from maml.settings import FLAGS, Settings, UserError
 
 # They say where, and how long is watched: two values of one of them are one run and one test.
 NO_DIFFERENCE = {"log", "logdir", "resume", "save_interval", "train"}
 EXAMPLE = '--grid="num_classes=2,3,5 num_query=1,15"'
 TAG = "test/{}_after_{}_steps"
-SHOWN = {"accuracy": (100.0, 2, "accuracy, %"), "loss": (1.0, 3, "mean squared error")}
 
 
 class Combination(NamedTuple):
@@ -257,10 +255,7 @@ def _numbers(outcomes: Sequence[Outcome]) -> str:
         for step in range(len(outcome.query["mean"])):
             found = {f"{part}_{name}": v[step] for part, s in by_set.items() for name, v in s.items()}
             rows.append({**about, "step": step, **found, "command": job.command})
-    out = csv.DictWriter(text := io.StringIO(), list(rows[0]), lineterminator="\n")
-    out.writeheader()
-    out.writerows(rows)
-    return text.getvalue()
+    return results.csv_text(rows)
 
 
 def _panels(sweep: Sweep, outcomes: Sequence[Outcome]):

@@ -19,13 +19,22 @@ SINUSOID = "cls_5.mbs_25.ubs_5.numstep1.updatelr0.001nonorm"
 TINY = ("--num_test_tasks=10", "--save_interval=100")
 
 
-def maml(logdir: pathlib.Path, *flags: str, expect: int = 0) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(ROOT / "main.py"), f"--logdir={logdir}", *flags]
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("TF_")}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+def python(
+    *arguments: str, expect: int = 0, timeout: int = 300, **environment: str
+) -> subprocess.CompletedProcess:
+    """Runs a program of ours as a user would: quiet by its own means, and never ending in a traceback."""
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("TF_")}
+    done = subprocess.run(
+        [sys.executable, *arguments], cwd=ROOT, env=inherited | environment, capture_output=True, text=True,
+        timeout=timeout,
+    )  # fmt: skip
     assert done.returncode == expect, done.stdout + done.stderr
     assert "Traceback" not in done.stderr
     return done
+
+
+def maml(logdir: pathlib.Path, *flags: str, expect: int = 0) -> subprocess.CompletedProcess:
+    return python(str(ROOT / "main.py"), f"--logdir={logdir}", *flags, expect=expect, timeout=600)
 
 
 def checkpoint(run: pathlib.Path, iteration: int) -> dict[str, np.ndarray]:

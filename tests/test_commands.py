@@ -1,9 +1,7 @@
 """`maml.prepare` and `maml.show_episodes`, as their users meet them, and the picture that is drawn."""
 
-import os
 import pathlib
 import subprocess
-import sys
 import types
 
 import numpy as np
@@ -14,21 +12,13 @@ from PIL import Image
 from maml import figures, show_episodes
 from maml.datasets import ClassImages, ImageClasses
 from maml.episodes import EpisodeSpec
-
-ROOT = pathlib.Path(__file__).parent.parent
+from tests.test_cli import python
 
 
 def command(
     module: str, *arguments: str, cache: pathlib.Path, expect: int = 0
 ) -> subprocess.CompletedProcess:
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("TF_")}
-    done = subprocess.run(
-        [sys.executable, "-m", module, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=300,
-        env=environment | {"MAML_CACHE_DIR": str(cache)},
-    )  # fmt: skip
-    assert done.returncode == expect, done.stdout + done.stderr
-    assert "Traceback" not in done.stderr
-    return done
+    return python("-m", module, *arguments, expect=expect, MAML_CACHE_DIR=str(cache))
 
 
 @pytest.fixture

@@ -4,15 +4,13 @@ import csv
 import json
 import pathlib
 import re
-import subprocess
-import sys
 
 import pytest
 
 from maml import launch, report, reproduce
 from maml.cells import CELLS, Figure
 from maml.settings import UserError, parse
-from tests.test_cli import ROOT
+from tests.test_cli import ROOT, python
 
 SINUSOID = {"datasource": "sinusoid", "norm": "None", "meta_batch_size": 25}
 FINE_TUNING = {5: 0.01, 10: 0.02, 20: 0.02}  # the step sizes in the paper's figures of the baseline
@@ -57,17 +55,8 @@ def test_flagfiles_hold_the_papers_settings_and_name_its_place(cell):
 
 
 def run(logdir, *arguments, expect=0):
-    command = [
-        sys.executable,
-        "-m",
-        "maml.reproduce",
-        f"--logdir={logdir}",
-        f"--results_dir={logdir}/results",
-    ]
-    done = subprocess.run([*command, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=600)
-    assert done.returncode == expect, done.stdout + done.stderr
-    assert "Traceback" not in done.stderr
-    return done
+    folders = f"--logdir={logdir}", f"--results_dir={logdir}/results"
+    return python("-m", "maml.reproduce", *folders, *arguments, expect=expect, timeout=600)
 
 
 @pytest.fixture(scope="module")

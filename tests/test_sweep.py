@@ -16,8 +16,8 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from maml import sweep
 from maml.settings import UserError
+from tests.test_cli import ROOT, python
 
-ROOT = pathlib.Path(__file__).parent.parent
 TINY = ("--metatrain_iterations=200", "--save_interval=100", "--num_test_tasks=10", "--test_num_updates=3")
 RUN = "cls_5.mbs_25.ubs_{}.numstep1.updatelr0.001nonorm"
 GRID = "--grid=update_batch_size=10,5 test_num_query=7"
@@ -28,13 +28,7 @@ def environment() -> dict[str, str]:
 
 
 def sweeping(*flags: str, expect: int = 0) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "maml.sweep", *flags]
-    done = subprocess.run(
-        command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300, check=False
-    )
-    assert done.returncode == expect, done.stdout + done.stderr
-    assert "Traceback" not in done.stderr
-    return done
+    return python("-m", "maml.sweep", *flags, expect=expect)
 
 
 @pytest.fixture(scope="module")
