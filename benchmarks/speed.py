@@ -21,6 +21,7 @@ import os
 import pathlib
 import platform
 import shlex
+import signal
 import statistics
 import sys
 
@@ -74,7 +75,10 @@ class Worker:
         self.kind = kind
         self._connection, theirs = spawn.Pipe()
         self._process = spawn.Process(target=_serve, args=(theirs, kind, settings), daemon=True)
+        # Ctrl-C is the parent's to answer, and workers inherit that it is ignored here.
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
         self._process.start()
+        signal.signal(signal.SIGINT, before)
         theirs.close()
         self.ready = self._answer()
 

@@ -7,7 +7,6 @@ import os
 import pathlib
 import platform
 import resource
-import signal
 import sys
 import time
 from collections.abc import Callable
@@ -186,7 +185,6 @@ def serve(connection: Connection, kind: str, settings: Settings) -> None:
         kind: a name in TIMED, or "agreement", which reports and ends.
         settings: of the workload.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
     os.environ["TF_FORCE_GPU_ALLOW_GROWTH"] = "true"  # several processes share the GPU
     if kind == "agreement":
         few = dataclasses.replace(settings, meta_batch_size=min(AGREEMENT_TASKS, settings.meta_batch_size))
