@@ -1,0 +1,225 @@
+"""The processes that `benchmarks.speed` times: the episodes they are given, and the arithmetic they owe."""
+
+import dataclasses
+import itertools
+import math
+import os
+import pathlib
+import platform
+import resource
+import sys
+import time
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import NamedTuple
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+import maml
+from benchmarks.plain_loop import PlainLoop
+from maml import build, cli, datasets
+from maml.episodes import Episode
+from maml.learner import Maml
+from maml.settings import Settings
+from maml.train import LOG_INTERVAL
+
+IMAGE_META_BATCHES = 4  # kept in memory and gone through again and again
+MATMUL_SIZE = 2048
+AGREEMENT_TASKS = 2
+
+
+def input_shape(settings: Settings) -> tuple[int, ...]:
+    """The shape of one example: (1,), or (H, W, C) of an image."""
+    if not settings.classification:
+        return (1,)
+    return (settings.img_size, settings.img_size, 1 if settings.datasource == "omniglot" else 3)
+
+
+def random_episodes(settings: Settings, meta_batches: int) -> Episode:
+    """Sinusoids, or images of random pixels in uint8 (Omniglot: 0 and 1); the same for the same seed.
+
+    The leading axes of every field are [meta_batches, tasks].
+    """
+    leading = (meta_batches, settings.meta_batch_size)
+    if not settings.classification:
+        indices = tf.range(math.prod(leading), dtype=tf.int64)
+        drawn = datasets.Sinusoid().sample(build.train_spec(settings), "train", indices)
+        return tf.nest.map_structure(lambda x: tf.reshape(x, (*leading, *x.shape[1:])), drawn)
+    random = np.random.default_rng(settings.seed)
+
+    def draw(each: int) -> tuple[tf.Tensor, tf.Tensor]:
+        n = settings.num_classes * each
+        values = 2 if settings.datasource == "omniglot" else 256
+        images = random.integers(0, values, (*leading, n, *input_shape(settings)), dtype=np.uint8)
+        labels = np.broadcast_to(np.arange(n, dtype=np.int32) % settings.num_classes, (*leading, n))
+        return tf.constant(images), tf.constant(labels)
+
+    return Episode(*draw(settings.update_batch_size), *draw(settings.num_query))
+
+
+def matmul_flops(network: keras.Model, settings: Settings) -> int:
+    """Floating-point operations of the matrix products in one meta-iteration, the least that MAML needs.
+
+    A unit is the one product Y = XW of a layer's forward pass, 2·n·positions·(entries of W) operations for n
+    examples; a convolution is that product at every output position (its zero padding counted in full),
+    and a dense layer has one position. Gradients of a product are products of the same size:
+
+    - query: Y = XW; its gradients dX = dY Wᵀ and dW = Xᵀ dY. 3 units. The first layer, whose X is data,
+      needs no dX: 2.
+    - support, first order: the same, 3 and 2; nothing flows back through the gradient.
+    - support, second order: besides these 3, the outer tape goes back through all three products. Each has
+      two factors, hence two gradients: 3 + 3·2 = 9. In the first layer there are Y and dW only, and of
+      each only the factor that is not X gets a gradient: 2 + 2·1 = 4.
+
+    Norms, ReLU, pooling and the optimizer are left out: they multiply no matrices.
+    """
+    support_examples = settings.num_classes * settings.update_batch_size
+    query_examples = settings.num_classes * settings.num_query
+    if not settings.classification:
+        support_examples, query_examples = settings.update_batch_size, settings.num_query
+    total = 0
+    layers = [layer for layer in network.layers if hasattr(layer, "kernel")]
+    for layer in layers:
+        positions = math.prod(layer.output.shape[1:-1])
+        unit = 2 * positions * math.prod(layer.kernel.shape)
+        query = 2 if layer is layers[0] else 3
+        support = query if settings.stop_grad else 4 if layer is layers[0] else 9
+        total += unit * (settings.num_updates * support * support_examples + query * query_examples)
+    return settings.meta_batch_size * total
+
+
+def agreement(learner: Maml, loop: PlainLoop, episodes: Episode) -> dict[str, float]:
+    """How far our losses and meta-gradient on a meta-batch are from the plain loop's, relative.
+
+    The gradient's is that of the variable that is furthest off, relative to its length, or to 1e-4 of the
+    whole gradient's where it is less than that (a bias before batch norm has none).
+    """
+    # Both get the same floating-point pixels: TensorFlow may round the division by 255 either way.
+    episodes = learner.to_floating(episodes)
+    found, measures = tf.function(learner.meta_gradient, jit_compile=learner.vectorize)(episodes)
+    needed, losses = tf.function(loop.meta_gradient)(episodes)
+    whole = float(tf.linalg.global_norm(needed))
+    off = [
+        float(tf.norm(a - b)) / max(float(tf.norm(b)), 1e-4 * whole)
+        for a, b in zip(found, needed, strict=True)
+    ]
+    pairs = {"support_loss": measures["support_loss"][0], "query_loss": measures["query_loss"]}
+    deviations = {name: float(abs(loss - losses[name]) / losses[name]) for name, loss in pairs.items()}
+    return deviations | {"meta_gradient": max(off)}
+
+
+def peak_memory() -> int:
+    """The most memory this process has held so far, in bytes."""
+    status = pathlib.Path("/proc/self/status")
+    if status.is_file():  # getrusage's figure starts at what the parent held
+        (line,) = (line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return 1024 * int(line.split()[1])
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+class Timed(NamedTuple):
+    """Something to be timed.
+
+    Fields:
+        call: runs it, waits for it, and returns the losses of the first iteration it ran.
+        iterations: in one call.
+        report: what else there is to say of it.
+    """
+
+    call: Callable[[], dict[str, float]]
+    iterations: int
+    report: dict
+
+
+def ours(settings: Settings) -> Timed:
+    """Our learner as `maml.train` drives it: the same threads, and as many iterations per call."""
+    threads = cli._use_the_machine(settings)
+    network, episodes = _begin(settings)
+    learner = build.build_learner(settings, network)
+    length = LOG_INTERVAL if learner.vectorize else 1
+    blocks = _cycle(episodes, lambda field, i: field[i : i + length], step=length)
+    bounds = tf.constant(0), tf.constant(length)
+
+    def call() -> dict[str, float]:
+        measures = learner.metatrain_block(next(blocks), *bounds)
+        support, query = measures["support_loss"].numpy(), measures["query_loss"].numpy()
+        return {"support_loss": float(support[0, 0]), "query_loss": float(query[0])}
+
+    return Timed(call, length, {"threads": threads, "matmul_flops": matmul_flops(network, settings)})
+
+
+def loop(settings: Settings) -> Timed:
+    """The plain loop, with TensorFlow's own choice of threads and one iteration per call."""
+    network, episodes = _begin(settings)
+    step = PlainLoop(settings, network).step
+    batches = _cycle(episodes, lambda field, i: field[i], step=1)
+
+    def call() -> dict[str, float]:
+        return {name: float(loss) for name, loss in step(next(batches)).items()}
+
+    return Timed(call, 1, {"threads": "TensorFlow's default"})
+
+
+def matmul(_: Settings) -> Timed:
+    """A product of two float32 matrices, on all threads; an "iteration" is a floating-point operation."""
+    matrix = tf.random.normal((MATMUL_SIZE, MATMUL_SIZE))
+
+    def call() -> dict[str, float]:
+        return {"entry": float(tf.matmul(matrix, matrix)[0, 0])}
+
+    versions = {"maml": maml.__version__, "tensorflow": tf.__version__, "keras": keras.__version__}
+    versions |= {"numpy": np.__version__, "python": platform.python_version()}
+    return Timed(call, 2 * MATMUL_SIZE**3, {"versions": versions})
+
+
+TIMED = {"ours": ours, "loop": loop, "matmul": matmul}
+
+
+def serve(connection: Connection, kind: str, settings: Settings) -> None:
+    """Reports once when ready, then runs for as many seconds as it is told, until it is ended.
+
+    Args:
+        connection: sends and receives plain Python objects.
+        kind: a name in TIMED, or "agreement", which reports and ends.
+        settings: of the workload.
+    """
+    os.environ["TF_FORCE_GPU_ALLOW_GROWTH"] = "true"  # several processes share the GPU
+    if kind == "agreement":
+        few = dataclasses.replace(settings, meta_batch_size=min(AGREEMENT_TASKS, settings.meta_batch_size))
+        network, episodes = _begin(few, dtype="float64")
+        first = tf.nest.map_structure(lambda field: field[0], episodes)
+        connection.send(agreement(build.build_learner(few, network), PlainLoop(few, network), first))
+        return
+    timed = TIMED[kind](settings)
+    begin = time.perf_counter()
+    first = timed.call()
+    middle = time.perf_counter()
+    timed.call()
+    compiling = (middle - begin) - (time.perf_counter() - middle)
+    connection.send(timed.report | {"first": first, "compile_seconds": max(compiling, 0.0)})
+    while True:
+        try:
+            seconds = connection.recv()
+        except EOFError:  # the parent was killed
+            return
+        begin, done = time.perf_counter(), 0
+        while not done or time.perf_counter() - begin < seconds:
+            timed.call()
+            done += timed.iterations
+        connection.send({"rate": done / (time.perf_counter() - begin), "peak_bytes": peak_memory()})
+
+
+def _begin(settings: Settings, dtype: str = "float32") -> tuple[keras.Model, Episode]:
+    """The same weights and episodes in every process."""
+    keras.utils.set_random_seed(settings.seed)
+    network = build.build_network(settings, input_shape(settings), dtype)
+    return network, random_episodes(settings, IMAGE_META_BATCHES if settings.classification else LOG_INTERVAL)
+
+
+def _cycle(episodes: Episode, part: Callable, step: int) -> itertools.cycle:
+    many = episodes.support_x.shape[0]
+    return itertools.cycle(
+        [tf.nest.map_structure(lambda field, i=i: part(field, i), episodes) for i in range(0, many, step)]
+    )

@@ -1,0 +1,263 @@
+"""The speed benchmark: what it counts, what it compares ours with, and that our graph stays small."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from benchmarks import speed
+from benchmarks.plain_loop import PlainLoop
+from benchmarks.speed import WORKLOADS, workload_settings
+from benchmarks.speed_worker import agreement, input_shape, matmul_flops, random_episodes
+from maml import build
+from maml.networks import conv4
+from maml.settings import Settings
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+# name: (settings of a small task of the kind, TASKS of them)
+SMALL = {
+    "conv": dict(
+        datasource="omniglot", img_size=16, num_classes=3, num_query=2, num_filters=4, num_updates=2,
+        norm="batch_norm", update_lr=0.1,
+    ),
+    "conv_max_pool": dict(
+        datasource="miniimagenet", img_size=16, num_classes=3, num_query=2, num_filters=4, num_updates=2,
+        norm="batch_norm", update_lr=0.1, max_pool=True,
+    ),
+    "mlp_sinusoid": dict(datasource="sinusoid", norm="None", num_query=5, num_updates=2, update_lr=0.1),
+}  # fmt: skip
+
+
+def small(name: str, order: int = 2, tasks: int = 2) -> Settings:
+    base = workload_settings("sinusoid", order)
+    return dataclasses.replace(base, update_batch_size=2, meta_batch_size=tasks, **SMALL[name])
+
+
+def network_of(settings: Settings, dtype: str = "float32") -> keras.Model:
+    keras.utils.set_random_seed(3)
+    network = build.build_network(settings, input_shape(settings), dtype)
+    random = np.random.default_rng(3)
+    for variable in network.trainable_variables:
+        if variable.ndim == 1:
+            variable.assign(0.3 * random.normal(size=variable.shape))
+        else:
+            variable.assign(random.normal(size=variable.shape) * np.sqrt(1.5 / np.prod(variable.shape[:-1])))
+    return network
+
+
+def first_meta_batch(settings: Settings):
+    return tf.nest.map_structure(lambda field: field[0], random_episodes(settings, 1))
+
+
+def block_graph_size(settings: Settings) -> int:
+    """The operations in our traced `metatrain_block`, those in its loops and maps included."""
+    settings = dataclasses.replace(settings, num_updates=1)
+    learner = build.build_learner(settings, network_of(settings))
+    traced = learner.metatrain_block.get_concrete_function(
+        random_episodes(settings, 2), tf.constant(0), tf.constant(2)
+    )
+    return operations(traced)
+
+
+def operations(traced) -> int:
+    graph = traced.graph.as_graph_def()
+    return len(graph.node) + sum(len(function.node_def) for function in graph.library.function)
+
+
+# --- Arithmetic ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("order", "conv_support", "head_support"), [(2, 4, 9), (1, 2, 3)])
+def test_flops_of_a_convolution_and_a_head(order, conv_support, head_support):
+    """By hand: one 3×3 convolution of 2 channels into 4 on 5×6 positions, mean, 4 → 3 dense."""
+    network = keras.Sequential(
+        [
+            keras.layers.Input((5, 6, 2)),
+            keras.layers.Conv2D(4, 3, padding="same"),
+            keras.layers.GlobalAveragePooling2D(),
+            keras.layers.Dense(3),
+        ]
+    )
+    settings = dataclasses.replace(
+        small("conv", order, tasks=7), num_classes=3, update_batch_size=2, num_query=5, num_updates=4
+    )
+    conv, head = 2 * (5 * 6) * (3 * 3 * 2 * 4), 2 * (4 * 3)
+    support = 4 * (3 * 2) * (conv * conv_support + head * head_support)
+    query = (3 * 5) * (conv * 2 + head * 3)
+    assert matmul_flops(network, settings) == 7 * (support + query)
+
+
+@pytest.mark.parametrize("order", [2, 1])
+def test_flops_are_those_of_the_products_that_tensorflow_does(order):
+    """Counted in the graph of the plain loop: a dense network, where every product is a MatMul."""
+    settings = small("mlp_sinusoid", order, tasks=2)
+    network = network_of(settings)
+    loop = PlainLoop(settings, network)
+    traced = tf.function(loop.meta_gradient).get_concrete_function(first_meta_batch(settings))
+    products = [operation for operation in traced.graph.get_operations() if operation.type == "MatMul"]
+    done = 0
+    for product in products:
+        rows, columns = product.outputs[0].shape
+        inner = product.inputs[0].shape[0 if product.get_attr("transpose_a") else 1]
+        done += 2 * rows * columns * inner
+    assert done == matmul_flops(network, settings)
+
+
+def test_flops_of_the_second_workload():
+    """DESIGN.md's limit, 19.7 iterations/s at 197 GFLOP/s, worked out apart from this code."""
+    settings = workload_settings("omniglot_5way_1shot", 2)
+    network = conv4((28, 28, 1), 5, filters=64)
+    assert 197e9 / matmul_flops(network, settings) == pytest.approx(19.7, abs=0.05)
+
+
+# --- The opponent -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("order", [2, 1])
+@pytest.mark.parametrize("name", SMALL)
+def test_the_plain_loop_and_ours_agree(name, order):
+    """Float32; 1e-4 of a variable's meta-gradient, or of the whole where batch norm cancels a bias."""
+    settings = small(name, order)
+    network = network_of(settings)
+    episodes = first_meta_batch(settings)
+    ours, measures = build.build_learner(settings, network).meta_gradient(episodes)
+    theirs, losses = PlainLoop(settings, network).meta_gradient(episodes)
+    np.testing.assert_allclose(measures["support_loss"][0], losses["support_loss"], rtol=1e-5)
+    np.testing.assert_allclose(measures["query_loss"], losses["query_loss"], rtol=1e-4)
+    whole = float(tf.linalg.global_norm(theirs))
+    assert whole > 1e-2
+    for a, b in zip(ours, theirs, strict=True):
+        assert float(tf.norm(a - b)) <= 1e-4 * max(float(tf.norm(b)), 0.1 * whole)
+
+
+def test_the_orders_differ():
+    """Else their agreement would say nothing of the second derivatives."""
+    episodes = first_meta_batch(small("mlp_sinusoid"))
+    second, first = (
+        PlainLoop(small("mlp_sinusoid", order), network_of(small("mlp_sinusoid"))).meta_gradient(episodes)[0]
+        for order in (2, 1)
+    )
+    difference = tf.linalg.global_norm([a - b for a, b in zip(second, first, strict=True)])
+    assert float(difference) > 0.01 * float(tf.linalg.global_norm(second))
+
+
+def test_the_check_before_timing_sees_a_wrong_learner():
+    """First order in place of second, as `tf.nn.moments` would have it: right losses, wrong gradient."""
+    settings = small("mlp_sinusoid")
+    network = network_of(settings, "float64")
+    wrong = build.build_learner(small("mlp_sinusoid", order=1), network)
+    found = agreement(wrong, PlainLoop(settings, network), first_meta_batch(settings))
+    assert found["query_loss"] < speed.TOLERANCE["float64"] < found["meta_gradient"]
+    row = {"workload": "mlp", "order": 2, "agreement": {f"float64_{name}": x for name, x in found.items()}}
+    with pytest.raises(RuntimeError, match="float64_meta_gradient"):
+        speed.refuse_disagreement(row)
+    with pytest.raises(RuntimeError, match="float32_query_loss"):
+        speed.refuse_disagreement(row | {"agreement": {"float32_query_loss": float("nan")}})
+
+
+# --- The size of our graph ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["conv", "mlp_sinusoid"])
+def test_our_graph_does_not_grow_with_the_tasks(name):
+    assert block_graph_size(small(name, tasks=8)) == block_graph_size(small(name, tasks=2)) > 300
+
+
+def test_a_graph_that_grows_is_seen():
+    def size(tasks: int) -> int:
+        settings = dataclasses.replace(small("mlp_sinusoid", tasks=tasks), num_updates=1)
+        loop = PlainLoop(settings, network_of(settings))
+        return operations(loop.step.get_concrete_function(first_meta_batch(settings)))
+
+    assert size(6) > 2 * size(2)
+
+
+# --- The command --------------------------------------------------------------------------------------
+
+
+def run(*arguments: str, expect: int = 0) -> subprocess.CompletedProcess:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("TF_")}
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.speed", *arguments],
+        cwd=ROOT, capture_output=True, text=True, timeout=600, env=environment,
+    )  # fmt: skip
+    assert done.returncode == expect, done.stdout + done.stderr
+    return done
+
+
+def test_the_command_measures_and_writes_what_it_promises(tmp_path):
+    path = tmp_path / "speed.json"
+    done = run("--workload=sinusoid", "--order=2", "--rounds=2", "--seconds=0.1", f"--json={path}")
+    header, ours, loop, products = done.stdout.splitlines()[1:]
+    assert header.split()[:3] == ["workload", "order", "learner"]
+    assert products.startswith("matrix products: ")
+    assert ours.split()[:3] == ["sinusoid", "2", "ours"] and loop.split()[0] == "loop"
+    results = json.loads(path.read_text())
+    assert results["versions"].keys() >= {"tensorflow", "keras", "numpy", "python"}
+    assert results["machine"]["cpu"] and results["machine"]["cores"] >= 1
+    assert len(results["machine"]["load_average_before"]) == 3
+    assert results["options"] == {"against": "loop", "rounds": 2, "seconds": 0.1, "seed": 0}
+    (row,) = results["workloads"]
+    assert row["settings"]["meta_batch_size"] == 25 and row["settings"]["update_batch_size"] == 10
+    assert all(found <= results["tolerance"].get(name, 1e-6) for name, found in row["agreement"].items())
+    assert len(row["agreement"]) == 5
+    # 1-40-40-1 with 10 examples on either side: 25 · 2 · 10 · (40·(4+2) + 1600·(9+3) + 40·(9+3))
+    assert row["matmul_flops_per_iteration"] == 500 * (240 + 19200 + 480)
+    for kind in ("ours", "loop"):
+        rate = row[kind]["iterations_per_second"]
+        assert len(rate["rounds"]) == 2 and 0 < rate["min"] <= rate["median"] <= rate["max"]
+        fraction = (
+            rate["median"] * row["matmul_flops_per_iteration"] / row["matmul_flops_per_second"]["median"]
+        )
+        assert row[kind]["of_matmul_rate"] == pytest.approx(fraction)
+        assert row[kind]["compile_seconds"] > 0.1
+        assert 1e8 < row[kind]["peak_bytes"] < 1e11
+    assert row["ours"]["threads"] != row["loop"]["threads"]
+    medians = [row[kind]["iterations_per_second"]["median"] for kind in ("ours", "loop")]
+    assert row["ratio"] == pytest.approx(medians[0] / medians[1])
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("--workload=cifar", "found --workload=cifar, needed some of sinusoid, omniglot_5way_1shot"),
+        ("--order=3", "found --order=3, needed 2, 1 or both"),
+        (
+            "--json=/nowhere/speed.json",
+            "found --json=/nowhere/speed.json (No such file",
+        ),
+        ("--json=/", "found --json=/ (Is a directory), needed"),
+        ("--meta_batch_size=2", "the settings of a workload are fixed"),
+        ("--against=world", "against"),
+    ],
+)
+def test_mistakes_get_one_line_and_exit_code_2(argument, message):
+    done = run(argument, expect=2)
+    assert len(done.stderr.strip().splitlines()) == 1 and message in done.stderr
+    assert done.stdout == ""
+
+
+@pytest.mark.parametrize("workload", WORKLOADS)
+@pytest.mark.parametrize("order", [2, 1])
+def test_a_workload_is_the_paper_s(workload, order):
+    settings = workload_settings(workload, order, seed=5)
+    expected = {  # way, shot, query, tasks, inner steps, filters
+        "sinusoid": (5, 10, 10, 25, 1, 64),
+        "omniglot_5way_1shot": (5, 1, 1, 32, 1, 64),
+        "omniglot_20way_1shot": (20, 1, 1, 16, 5, 64),
+        "miniimagenet_5way_1shot": (5, 1, 15, 4, 5, 32),
+        "miniimagenet_5way_5shot": (5, 5, 15, 4, 5, 32),
+    }[workload]
+    found = (
+        settings.num_classes, settings.update_batch_size, settings.num_query, settings.meta_batch_size,
+        settings.num_updates, settings.num_filters,
+    )  # fmt: skip
+    assert found == expected and settings.stop_grad == (order == 1) and settings.seed == 5
