@@ -103,6 +103,7 @@ def build_learner(settings: Settings, network: keras.Model) -> Maml:
         meta_lr=settings.meta_lr,
         clip=source.clip,
         scale=source.scale,
+        tasks_per_chunk=settings.tasks_per_chunk,
     )
 
 

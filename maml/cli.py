@@ -86,7 +86,7 @@ def _use_the_machine(settings: Settings) -> str:
     if gpus:
         return f"{len(gpus)} GPU{'s' * (len(gpus) > 1)}"
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    at_once = min(cores, settings.meta_batch_size)
+    at_once = min(cores, settings.meta_batch_size, settings.tasks_per_chunk or cores)
     tf.config.threading.set_inter_op_parallelism_threads(at_once)
     tf.config.threading.set_intra_op_parallelism_threads(max(1, cores // at_once))
     return f"CPU, {at_once} tasks at once"

@@ -16,6 +16,7 @@ from maml.settings import Settings, UserError, as_flagfile, read_flagfile
 FREE_FLAGS = {
     "metatrain_iterations", "log", "logdir", "resume", "train", "test_set", "test_num_query",
     "test_num_updates", "num_test_tasks", "transductive", "data_dir", "save_interval",
+    "tasks_per_chunk",
 }  # fmt: skip
 
 

@@ -100,6 +100,14 @@ def _define_flags(values: flags.FlagValues) -> None:
     integer(
         "seed", 0, "seeds the weights, the class split and the episodes", lower_bound=0, upper_bound=2**31
     )
+    integer(
+        "tasks_per_chunk",
+        None,
+        "tasks held in memory at once: the meta-gradient is summed over parts of so many tasks, the same "
+        "to rounding; for a meta-batch that does not fit. Each may take longer. [chosen: one per core "
+        "with convolutions, else the meta-batch]",
+        lower_bound=1,
+    )
     integer("save_interval", 1000, "iterations between checkpoints (and validations)", lower_bound=1)
     for name in ("meta_lr", "update_lr", "train_update_lr"):
         message = f"--{name} needs a finite number"
@@ -152,6 +160,7 @@ class Settings:
     skip_bad_images: bool
     seed: int
     save_interval: int
+    tasks_per_chunk: int | None
 
     @property
     def classification(self) -> bool:
