@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import keras
+import tensorflow as tf
 
 from maml import datasets, networks, sources
 from maml.episodes import EpisodeSource, EpisodeSpec
@@ -89,8 +90,13 @@ def build_network(settings: Settings, input_shape: tuple[int, ...], dtype: str =
     )
 
 
-def build_learner(settings: Settings, network: keras.Model) -> Maml:
-    """The learner for a network, with the losses, steps and clipping of the settings."""
+def build_learner(
+    settings: Settings, network: keras.Model, strategy: tf.distribute.Strategy | None = None
+) -> Maml:
+    """The learner for a network, with the losses, steps and clipping of the settings.
+
+    With a strategy, this and `build_network` are called in its scope.
+    """
     source = DATASOURCES[settings.datasource]
     loss = cross_entropy(settings.update_batch_size) if settings.classification else mean_squared_error
     return Maml(
@@ -104,6 +110,7 @@ def build_learner(settings: Settings, network: keras.Model) -> Maml:
         clip=source.clip,
         scale=source.scale,
         tasks_per_chunk=settings.tasks_per_chunk,
+        strategy=strategy,
     )
 
 

@@ -68,6 +68,7 @@ class Maml:
         scale: float = 1.0,
         vectorize: bool | None = None,
         tasks_per_chunk: int | None = None,
+        strategy: tf.distribute.Strategy | None = None,
     ):
         """Wraps a built network; the network's variables are the meta-learned weights θ.
 
@@ -86,6 +87,8 @@ class Maml:
             tasks_per_chunk: tasks held in memory at once; the meta-gradient is summed over such parts
                 of the meta-batch. None: all those that `vectorize` makes one computation, else as many
                 as there are threads.
+            strategy: shares every meta-batch out among the devices it mirrors the weights on; the
+                network must have been built, and this be called, in its scope. None: one device.
         """
         self.network = network
         self.loss = loss
@@ -98,13 +101,19 @@ class Maml:
         self._scale = tf.Variable(scale, trainable=False, name="scale")
         self.vectorize = not _has_convolution(network) if vectorize is None else vectorize
         self.tasks_per_chunk = tasks_per_chunk
+        self.strategy = strategy
         self.meta_optimizer = Adam(meta_lr)
         self.pretrain_optimizer = Adam(meta_lr)
         for optimizer in (self.meta_optimizer, self.pretrain_optimizer):
             optimizer.build(network.trainable_variables)  # so that a checkpoint can restore the slots
         self._adapted = adapted_weights(network)
-        self.pretrain_block = tf.function(self._pretrain_block, jit_compile=self.vectorize)
-        self.metatrain_block = tf.function(self._metatrain_block, jit_compile=self.vectorize)
+        # XLA compiles for one device: with several, each one's part of the meta-gradient by itself.
+        compile_block = self.vectorize and strategy is None
+        self.pretrain_block = tf.function(self._pretrain_block, jit_compile=compile_block)
+        self.metatrain_block = tf.function(self._metatrain_block, jit_compile=compile_block)
+        self._mean_on_this_device = self._mean_over_chunks
+        if strategy is not None:
+            self._mean_on_this_device = tf.function(self._mean_over_chunks, jit_compile=self.vectorize)
         self.evaluate = tf.function(self._evaluate, reduce_retracing=True)
 
     # --- The inner loop ---------------------------------------------------------------------------
@@ -261,6 +270,22 @@ class Maml:
         return [tf.convert_to_tensor(variable) for variable in self.network.trainable_variables]
 
     def _mean_over_tasks(self, task_gradient: Callable, episodes: Episode) -> tuple[Weights, Measures]:
+        """The means over a meta-batch, of which every device of the strategy takes an equal part."""
+        if self.strategy is None:
+            return self._mean_on_this_device(task_gradient, episodes)
+
+        def on_a_device() -> tuple[Weights, Measures]:
+            device = tf.distribute.get_replica_context()
+            count = episodes.support_x.shape[0] // device.num_replicas_in_sync
+            part = _some_tasks(episodes, device.replica_id_in_sync_group * count, count)
+            return device.all_reduce(
+                tf.distribute.ReduceOp.MEAN, self._mean_on_this_device(task_gradient, part)
+            )
+
+        means = self.strategy.run(on_a_device)  # the same on all
+        return tf.nest.map_structure(lambda mean: self.strategy.experimental_local_results(mean)[0], means)
+
+    def _mean_over_chunks(self, task_gradient: Callable, episodes: Episode) -> tuple[Weights, Measures]:
         weights = self._weights()
         tasks = episodes.support_x.shape[0]
         chunk = self.tasks_per_chunk or tasks
@@ -294,7 +319,7 @@ class Maml:
 
         if self.vectorize:
             return tf.vectorized_map(one_task, episodes)
-        # One task per thread at a time: with one thread per operation (see `maml.cli`) this is
+        # One task per thread at a time: with one thread per operation (see `maml.devices`) this is
         # nearly twice as fast on two cores as one task over both.
         dtype = weights[0].dtype
         kinds = dict.fromkeys(self._measure_shapes(task_gradient), dtype)
