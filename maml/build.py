@@ -70,10 +70,12 @@ def build_network(settings: Settings, input_shape: tuple[int, ...], dtype: str =
     """The paper's network for the settings, with fresh weights of the given type.
 
     Args:
-        settings: of the run.
+        settings: of the run; with `mixed_precision` float32 becomes "mixed_bfloat16".
         input_shape: of one example: (1,) or (3,) for the sinusoid, (H, W, C) for images.
         dtype: "float32", or "float64" to compare with exact results.
     """
+    if settings.mixed_precision and dtype == "float32":
+        dtype = "mixed_bfloat16"
     if not settings.classification:
         return networks.mlp(input_shape, 1, hidden=networks.MLP_SINUSOID, norm=settings.norm, dtype=dtype)
     if not settings.conv:
@@ -109,6 +111,7 @@ def build_learner(
         meta_lr=settings.meta_lr,
         clip=source.clip,
         scale=source.scale,
+        jit_compile=settings.jit_compile,
         tasks_per_chunk=settings.tasks_per_chunk,
         strategy=strategy,
     )

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import keras
 import tensorflow as tf
 
+from maml import devices
 from maml.adam import Adam
 from maml.episodes import Episode
 from maml.networks import adapted_weights
@@ -67,6 +68,7 @@ class Maml:
         clip: float | None = None,
         scale: float = 1.0,
         vectorize: bool | None = None,
+        jit_compile: bool | None = None,
         tasks_per_chunk: int | None = None,
         strategy: tf.distribute.Strategy | None = None,
     ):
@@ -82,8 +84,9 @@ class Maml:
             meta_lr: β, the step size of the outer loop's Adam.
             clip: clip every entry of the meta-gradient to ±clip (the original: 10 for mini-ImageNet).
             scale: inputs are divided by it on the device (255 for photographs in uint8).
-            vectorize: True runs all tasks as one batched, XLA-compiled computation, False each task
-                by itself on a thread; None chooses: batched where there is no convolution.
+            vectorize: True runs all tasks as one batched computation, False each task by itself on a
+                thread; None chooses, see `maml.devices.plan`.
+            jit_compile: compile training with XLA; None chooses likewise.
             tasks_per_chunk: tasks held in memory at once; the meta-gradient is summed over such parts
                 of the meta-batch. None: all those that `vectorize` makes one computation, else as many
                 as there are threads.
@@ -99,7 +102,13 @@ class Maml:
         self.clip = clip
         # A variable, because TensorFlow turns division by a constant into a less exact multiplication.
         self._scale = tf.Variable(scale, trainable=False, name="scale")
-        self.vectorize = not _has_convolution(network) if vectorize is None else vectorize
+        self.vectorize, self.jit_compile = devices.plan(
+            network,
+            devices.kind(),
+            vectorize=vectorize,
+            jit_compile=jit_compile,
+            second_order=not first_order,
+        )
         self.tasks_per_chunk = tasks_per_chunk
         self.strategy = strategy
         self.meta_optimizer = Adam(meta_lr)
@@ -108,12 +117,12 @@ class Maml:
             optimizer.build(network.trainable_variables)  # so that a checkpoint can restore the slots
         self._adapted = adapted_weights(network)
         # XLA compiles for one device: with several, each one's part of the meta-gradient by itself.
-        compile_block = self.vectorize and strategy is None
+        compile_block = self.jit_compile and strategy is None
         self.pretrain_block = tf.function(self._pretrain_block, jit_compile=compile_block)
         self.metatrain_block = tf.function(self._metatrain_block, jit_compile=compile_block)
         self._mean_on_this_device = self._mean_over_chunks
         if strategy is not None:
-            self._mean_on_this_device = tf.function(self._mean_over_chunks, jit_compile=self.vectorize)
+            self._mean_on_this_device = tf.function(self._mean_over_chunks, jit_compile=self.jit_compile)
         self.evaluate = tf.function(self._evaluate, reduce_retracing=True)
 
     # --- The inner loop ---------------------------------------------------------------------------
@@ -381,7 +390,3 @@ def _some_tasks(episodes: Episode, begin: int | tf.Tensor, count: int) -> Episod
             for field in episodes
         ]
     )
-
-
-def _has_convolution(network: keras.Model) -> bool:
-    return any(len(variable.shape) > 2 for variable in network.trainable_variables)

@@ -16,7 +16,8 @@ from maml.settings import Settings, UserError, as_flagfile, read_flagfile
 FREE_FLAGS = {
     "metatrain_iterations", "log", "logdir", "resume", "train", "test_set", "test_num_query",
     "test_num_updates", "num_test_tasks", "transductive", "data_dir", "save_interval",
-    "tasks_per_chunk",
+    "tasks_per_chunk", "jit_compile", "deterministic",
+    "mixed_precision",  # a part of the folder's name, and unknown to older runs
 }  # fmt: skip
 
 
