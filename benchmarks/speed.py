@@ -13,7 +13,6 @@ process held (a GPU's not counted).
 """
 
 import contextlib
-import copy
 import dataclasses
 import json
 import multiprocessing
@@ -29,7 +28,7 @@ from absl import flags
 from tqdm import tqdm
 
 from maml import command
-from maml.settings import FLAGS, Settings, UserError, resolve
+from maml.settings import FLAGS, Settings, UserError, parse
 
 ORDERS = (2, 1)
 # Losses and meta-gradient are compared in float64, on a few tasks of the meta-batch. In float32 five inner
@@ -52,10 +51,7 @@ WORKLOADS = {
 
 def workload_settings(workload: str, order: int, seed: int = 0) -> Settings:
     """The settings that training would have for a name in WORKLOADS; order 1 is first-order MAML."""
-    values = copy.deepcopy(FLAGS)
-    values.unparse_flags()
-    values(["speed", *WORKLOADS[workload], f"--stop_grad={order == 1}", f"--seed={seed}"])
-    return resolve(values)[0]
+    return parse([*WORKLOADS[workload], f"--stop_grad={order == 1}", f"--seed={seed}"])
 
 
 def _serve(connection, kind: str, settings: Settings) -> None:

@@ -19,7 +19,7 @@ import tensorflow as tf
 
 import maml
 from benchmarks.plain_loop import PlainLoop
-from maml import build, cli, datasets
+from maml import build, datasets, devices
 from maml.episodes import Episode
 from maml.learner import Maml
 from maml.settings import Settings
@@ -135,7 +135,7 @@ class Timed(NamedTuple):
 
 def ours(settings: Settings) -> Timed:
     """Our learner as `maml.train` drives it: the same threads, and as many iterations per call."""
-    threads = cli._use_the_machine(settings)
+    threads = devices.use(settings).description
     network, episodes = _begin(settings)
     learner = build.build_learner(settings, network)
     length = LOG_INTERVAL if learner.vectorize else 1

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import keras
+import tensorflow as tf
 
 from maml import datasets, networks, sources
 from maml.episodes import EpisodeSource, EpisodeSpec
@@ -69,10 +70,12 @@ def build_network(settings: Settings, input_shape: tuple[int, ...], dtype: str =
     """The paper's network for the settings, with fresh weights of the given type.
 
     Args:
-        settings: of the run.
+        settings: of the run; with `mixed_precision` float32 becomes "mixed_bfloat16".
         input_shape: of one example: (1,) or (3,) for the sinusoid, (H, W, C) for images.
         dtype: "float32", or "float64" to compare with exact results.
     """
+    if settings.mixed_precision and dtype == "float32":
+        dtype = "mixed_bfloat16"
     if not settings.classification:
         return networks.mlp(input_shape, 1, hidden=networks.MLP_SINUSOID, norm=settings.norm, dtype=dtype)
     if not settings.conv:
@@ -89,8 +92,13 @@ def build_network(settings: Settings, input_shape: tuple[int, ...], dtype: str =
     )
 
 
-def build_learner(settings: Settings, network: keras.Model) -> Maml:
-    """The learner for a network, with the losses, steps and clipping of the settings."""
+def build_learner(
+    settings: Settings, network: keras.Model, strategy: tf.distribute.Strategy | None = None
+) -> Maml:
+    """The learner for a network, with the losses, steps and clipping of the settings.
+
+    With a strategy, this and `build_network` are called in its scope.
+    """
     source = DATASOURCES[settings.datasource]
     loss = cross_entropy(settings.update_batch_size) if settings.classification else mean_squared_error
     return Maml(
@@ -103,6 +111,9 @@ def build_learner(settings: Settings, network: keras.Model) -> Maml:
         meta_lr=settings.meta_lr,
         clip=source.clip,
         scale=source.scale,
+        jit_compile=settings.jit_compile,
+        tasks_per_chunk=settings.tasks_per_chunk,
+        strategy=strategy,
     )
 
 

@@ -1,9 +1,12 @@
 """The command line: `python main.py …` and, installed, `maml …`."""
 
-import os
+from typing import TYPE_CHECKING
 
 from maml import command
 from maml.settings import RANDOM, Settings, UserError, resolve
+
+if TYPE_CHECKING:
+    from maml.devices import Machine
 
 RESUMABLE = "interrupted; the same command goes on from the last checkpoint"
 
@@ -17,15 +20,23 @@ def _work(_: list[str]) -> None:
     settings, from_paper = resolve()
     # TensorFlow takes seconds to import: only once the flags are known to be good.
     with command.silent_start():
+        from maml import devices
+
+    machine = devices.use(settings)
+    with machine.quiet_unless_chief():
+        print(_header(settings, from_paper, machine.description), flush=True)
+        _train_and_test(settings, machine)
+
+
+def _train_and_test(settings: Settings, machine: "Machine") -> None:
+    with command.silent_start():
         import keras
-        import tensorflow as tf
+    import tensorflow as tf
 
     from maml import build, evaluate, figures, results, show_episodes
     from maml.run import Run
     from maml.train import train
 
-    devices = _use_the_machine(settings)
-    print(_header(settings, from_paper, devices), flush=True)
     keras.utils.set_random_seed(settings.seed)
     data = build.load_data(settings)
     spec = build.test_spec(settings)
@@ -35,16 +46,22 @@ def _work(_: list[str]) -> None:
         other = "" if settings.test_set else " Or test on the meta-test classes: --test_set."
         raise UserError(f"{error}{other}") from error
     one = data.sample(spec, settings.split, tf.zeros(1, tf.int64))
-    learner = build.build_learner(settings, build.build_network(settings, one.support_x.shape[2:]))
-    folder = Run(settings, learner)
+    with machine.scope():
+        network = build.build_network(settings, one.support_x.shape[2:])
+        learner = build.build_learner(settings, network, machine.strategy)
+    folder = Run(settings, learner, chief=machine.chief)
     if settings.train:
         if settings.init_from and settings.init_from != RANDOM:
             folder.begin_from(learner.network)
         folder.begin()
+        machine.check_together(folder.iteration)
         if int(folder.iteration):
             print(f"resumed from iteration {int(folder.iteration)} of {settings.iterations}", flush=True)
-        show_episodes.write_first_episodes(folder, data, settings)
+        if machine.chief:
+            show_episodes.write_first_episodes(folder, data, settings)
         train(settings, learner, data, folder)
+    if not machine.chief:
+        return
     if not settings.train or settings.checkpoint == "best":
         folder.restore()
 
@@ -65,7 +82,7 @@ def _work(_: list[str]) -> None:
         progress=True,
     )
     print(evaluate.table(result, settings, iteration))
-    written = [results.write(settings, result, iteration, devices).name, "results.json"]
+    written = [results.write(settings, result, iteration, machine.description).name, "results.json"]
     if not settings.classification:
         picture = folder.dir / "fits.png"
         figures.sinusoid_fits(picture, learner, data, spec, steps=settings.test_num_updates)
@@ -74,22 +91,6 @@ def _work(_: list[str]) -> None:
     if settings.classification and not settings.test_set:
         print("these are the meta-validation classes; add --train=False --test_set for the meta-test classes")
     print(f"wrote {', '.join(written)} in {folder.dir}")
-
-
-def _use_the_machine(settings: Settings) -> str:
-    """Divides the processor into one task per thread, or lets a GPU grow its memory; says which."""
-    import tensorflow as tf
-
-    gpus = tf.config.list_physical_devices("GPU")
-    for gpu in gpus:
-        tf.config.experimental.set_memory_growth(gpu, True)
-    if gpus:
-        return f"{len(gpus)} GPU{'s' * (len(gpus) > 1)}"
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    at_once = min(cores, settings.meta_batch_size)
-    tf.config.threading.set_inter_op_parallelism_threads(at_once)
-    tf.config.threading.set_intra_op_parallelism_threads(max(1, cores // at_once))
-    return f"CPU, {at_once} tasks at once"
 
 
 def _header(settings: Settings, from_paper: dict[str, object], devices: str) -> str:

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import keras
 import tensorflow as tf
 
+from maml import devices
 from maml.adam import Adam
 from maml.episodes import Episode
 from maml.networks import adapted_weights
@@ -67,6 +68,9 @@ class Maml:
         clip: float | None = None,
         scale: float = 1.0,
         vectorize: bool | None = None,
+        jit_compile: bool | None = None,
+        tasks_per_chunk: int | None = None,
+        strategy: tf.distribute.Strategy | None = None,
     ):
         """Wraps a built network; the network's variables are the meta-learned weights θ.
 
@@ -80,8 +84,14 @@ class Maml:
             meta_lr: β, the step size of the outer loop's Adam.
             clip: clip every entry of the meta-gradient to ±clip (the original: 10 for mini-ImageNet).
             scale: inputs are divided by it on the device (255 for photographs in uint8).
-            vectorize: True runs all tasks as one batched, XLA-compiled computation, False each task
-                by itself on a thread; None chooses: batched where there is no convolution.
+            vectorize: True runs all tasks as one batched computation, False each task by itself on a
+                thread; None chooses, see `maml.devices.plan`.
+            jit_compile: compile training with XLA; None chooses likewise.
+            tasks_per_chunk: tasks held in memory at once; the meta-gradient is summed over such parts
+                of the meta-batch. None: all those that `vectorize` makes one computation, else as many
+                as there are threads.
+            strategy: shares every meta-batch out among the devices it mirrors the weights on; the
+                network must have been built, and this be called, in its scope. None: one device.
         """
         self.network = network
         self.loss = loss
@@ -92,14 +102,27 @@ class Maml:
         self.clip = clip
         # A variable, because TensorFlow turns division by a constant into a less exact multiplication.
         self._scale = tf.Variable(scale, trainable=False, name="scale")
-        self.vectorize = not _has_convolution(network) if vectorize is None else vectorize
+        self.vectorize, self.jit_compile = devices.plan(
+            network,
+            devices.kind(),
+            vectorize=vectorize,
+            jit_compile=jit_compile,
+            second_order=not first_order,
+        )
+        self.tasks_per_chunk = tasks_per_chunk
+        self.strategy = strategy
         self.meta_optimizer = Adam(meta_lr)
         self.pretrain_optimizer = Adam(meta_lr)
         for optimizer in (self.meta_optimizer, self.pretrain_optimizer):
             optimizer.build(network.trainable_variables)  # so that a checkpoint can restore the slots
         self._adapted = adapted_weights(network)
-        self.pretrain_block = tf.function(self._pretrain_block, jit_compile=self.vectorize)
-        self.metatrain_block = tf.function(self._metatrain_block, jit_compile=self.vectorize)
+        # XLA compiles for one device: with several, each one's part of the meta-gradient by itself.
+        compile_block = self.jit_compile and strategy is None
+        self.pretrain_block = tf.function(self._pretrain_block, jit_compile=compile_block)
+        self.metatrain_block = tf.function(self._metatrain_block, jit_compile=compile_block)
+        self._mean_on_this_device = self._mean_over_chunks
+        if strategy is not None:
+            self._mean_on_this_device = tf.function(self._mean_over_chunks, jit_compile=self.jit_compile)
         self.evaluate = tf.function(self._evaluate, reduce_retracing=True)
 
     # --- The inner loop ---------------------------------------------------------------------------
@@ -243,7 +266,12 @@ class Maml:
 
         dtype = weights[0].dtype
         kinds = dict.fromkeys(["loss"] + ["accuracy"] * self.classification, dtype)
-        return tf.map_fn(one_task, episodes, fn_output_signature=Adaptation(kinds, kinds, dtype))
+        return tf.map_fn(
+            one_task,
+            episodes,
+            fn_output_signature=Adaptation(kinds, kinds, dtype),
+            parallel_iterations=self.tasks_per_chunk or 10,
+        )
 
     # --- Tasks onto the machine -------------------------------------------------------------------
 
@@ -251,39 +279,84 @@ class Maml:
         return [tf.convert_to_tensor(variable) for variable in self.network.trainable_variables]
 
     def _mean_over_tasks(self, task_gradient: Callable, episodes: Episode) -> tuple[Weights, Measures]:
+        """The means over a meta-batch, of which every device of the strategy takes an equal part."""
+        if self.strategy is None:
+            return self._mean_on_this_device(task_gradient, episodes)
+
+        def on_a_device() -> tuple[Weights, Measures]:
+            device = tf.distribute.get_replica_context()
+            count = episodes.support_x.shape[0] // device.num_replicas_in_sync
+            part = _some_tasks(episodes, device.replica_id_in_sync_group * count, count)
+            return device.all_reduce(
+                tf.distribute.ReduceOp.MEAN, self._mean_on_this_device(task_gradient, part)
+            )
+
+        means = self.strategy.run(on_a_device)  # the same on all
+        return tf.nest.map_structure(lambda mean: self.strategy.experimental_local_results(mean)[0], means)
+
+    def _mean_over_chunks(self, task_gradient: Callable, episodes: Episode) -> tuple[Weights, Measures]:
         weights = self._weights()
+        tasks = episodes.support_x.shape[0]
+        chunk = self.tasks_per_chunk or tasks
+        if chunk >= tasks:
+            everything = self._over_tasks(task_gradient, weights, episodes)
+            return tf.nest.map_structure(lambda each: tf.reduce_mean(each, axis=0), everything)
+
+        def add(sums: tuple, begin: int | tf.Tensor, count: int) -> tuple:
+            part = self._over_tasks(task_gradient, weights, _some_tasks(episodes, begin, count))
+            return tf.nest.map_structure(lambda total, each: total + tf.reduce_sum(each, axis=0), sums, part)
+
+        shapes, dtype = self._measure_shapes(task_gradient), weights[0].dtype
+        zeros = {name: tf.zeros(shape, dtype) for name, shape in shapes.items()}
+        sums = ([tf.zeros_like(weight) for weight in weights], zeros)
+        whole = tasks - tasks % chunk
+        _, sums = tf.while_loop(
+            lambda begin, _: begin < whole,
+            lambda begin, sums: (begin + chunk, add(sums, begin, chunk)),
+            (0, sums),
+            parallel_iterations=1,
+        )
+        if whole < tasks:
+            sums = add(sums, whole, tasks - whole)
+        return tf.nest.map_structure(lambda total: total / tasks, sums)
+
+    def _over_tasks(self, task_gradient: Callable, weights: Weights, episodes: Episode):
+        """`task_gradient` of every task at the given weights: its results with a leading axis of tasks."""
 
         def one_task(episode: Episode) -> tuple[Weights, Measures]:
             return task_gradient(weights, self.to_floating(episode))
 
         if self.vectorize:
-            gradients, measures = tf.vectorized_map(one_task, episodes)
-        else:
-            # One task per thread at a time: with one thread per operation (see `maml.cli`) this is
-            # nearly twice as fast on two cores as one task over both.
-            dtype = weights[0].dtype
-            names = ["loss"] + ["accuracy"] * self.classification
-            kinds = [f"support_{name}" for name in names]
-            kinds += [f"query_{name}" for name in names] if task_gradient == self.task_meta_gradient else []
-            gradients, measures = tf.map_fn(
-                one_task,
-                episodes,
-                fn_output_signature=([dtype] * len(weights), dict.fromkeys(kinds, dtype)),
-                parallel_iterations=tf.config.threading.get_inter_op_parallelism_threads() or 2,
-            )
-        return tf.nest.map_structure(lambda tasks: tf.reduce_mean(tasks, axis=0), (gradients, measures))
+            return tf.vectorized_map(one_task, episodes)
+        # One task per thread at a time: with one thread per operation (see `maml.devices`) this is
+        # nearly twice as fast on two cores as one task over both.
+        dtype = weights[0].dtype
+        kinds = dict.fromkeys(self._measure_shapes(task_gradient), dtype)
+        return tf.map_fn(
+            one_task,
+            episodes,
+            fn_output_signature=([dtype] * len(weights), kinds),
+            parallel_iterations=tf.config.threading.get_inter_op_parallelism_threads() or 2,
+        )
+
+    def _measure_shapes(self, task_gradient: Callable) -> dict[str, tuple[int, ...]]:
+        """The names and shapes of the measures that `task_gradient` returns beside the gradient."""
+        joint = task_gradient == self.task_joint_gradient
+        shapes: dict[str, tuple[int, ...]] = {}
+        for name in ["loss"] + ["accuracy"] * self.classification:
+            shapes[f"support_{name}"] = (1 if joint else self.inner_steps,)
+            if not joint:
+                shapes[f"query_{name}"] = ()
+        return shapes
 
     def _over_block(self, step: Callable, block: Episode, first: tf.Tensor, last: tf.Tensor) -> Measures:
         length = block.support_x.shape[0]
         dtype = self.network.trainable_variables[0].dtype
-        steps = 1 if step == self.pretrain_step else self.inner_steps
-        records = {"gradient_norm": ()}
-        for name in ["loss"] + ["accuracy"] * self.classification:
-            records[f"support_{name}"] = (steps,)
-            if step == self.meta_step:
-                records[f"query_{name}"] = ()
+        joint = step == self.pretrain_step
+        shapes = self._measure_shapes(self.task_joint_gradient if joint else self.task_meta_gradient)
         records = {
-            name: tf.TensorArray(dtype, size=length, element_shape=shape) for name, shape in records.items()
+            name: tf.TensorArray(dtype, size=length, element_shape=shape)
+            for name, shape in {"gradient_norm": (), **shapes}.items()
         }
 
         def body(i, records):
@@ -309,5 +382,11 @@ class Maml:
         )
 
 
-def _has_convolution(network: keras.Model) -> bool:
-    return any(len(variable.shape) > 2 for variable in network.trainable_variables)
+def _some_tasks(episodes: Episode, begin: int | tf.Tensor, count: int) -> Episode:
+    """`count` tasks from the one at `begin` on. A slice of constant size, as XLA wants it."""
+    return Episode(
+        *[
+            tf.slice(field, [begin] + [0] * (field.shape.rank - 1), [count, *field.shape[1:]])
+            for field in episodes
+        ]
+    )

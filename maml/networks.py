@@ -102,7 +102,16 @@ def _mean(x: tf.Tensor, axis: int) -> tf.Tensor:
 
 def _norm(kind: str, dtype: str, name: str) -> list[keras.layers.Layer]:
     layers = {"batch_norm": [BatchNorm], "layer_norm": [LayerNorm], "None": []}[kind]
-    return [layer(dtype=dtype, name=name) for layer in layers]
+    return [layer(dtype=_exact(dtype), name=name) for layer in layers]
+
+
+def _exact(dtype: str) -> str:
+    """The type of the weights, and of what must not be rounded: norms and the head, so losses too.
+
+    With Keras' policy "mixed_bfloat16" that is float32, while the other layers compute in bfloat16,
+    whose eight bits of precision are too few for statistics and for differences of logits.
+    """
+    return keras.DTypePolicy(dtype).variable_dtype
 
 
 def conv4(
@@ -125,9 +134,9 @@ def conv4(
         max_pool: stride 1 and 2×2 VALID pooling after the ReLU, instead of stride 2.
         flatten: the head sees the flattened map, with Glorot initialisation (mini-ImageNet), instead
             of its spatial mean, with N(0, 1) (Omniglot).
-        dtype: of weights and computation.
+        dtype: of weights and computation; "mixed_bfloat16": see `_exact`.
     """
-    layers: list[keras.layers.Layer] = [keras.layers.Input(input_shape, dtype=dtype)]
+    layers: list[keras.layers.Layer] = [keras.layers.Input(input_shape, dtype=_exact(dtype))]
     for i in range(4):
         stride = 1 if max_pool else 2
         layers.append(
@@ -137,9 +146,10 @@ def conv4(
         layers.append(keras.layers.ReLU(dtype=dtype))
         if max_pool:
             layers.append(keras.layers.MaxPooling2D(2, dtype=dtype))
-    layers.append((keras.layers.Flatten if flatten else keras.layers.GlobalAveragePooling2D)(dtype=dtype))
+    pooling = keras.layers.Flatten if flatten else keras.layers.GlobalAveragePooling2D
+    layers.append(pooling(dtype=_exact(dtype)))
     head = "glorot_uniform" if flatten else keras.initializers.RandomNormal(stddev=1.0)
-    layers.append(keras.layers.Dense(way, kernel_initializer=head, dtype=dtype, name="head"))
+    layers.append(keras.layers.Dense(way, kernel_initializer=head, dtype=_exact(dtype), name="head"))
     return keras.Sequential(layers)
 
 
@@ -158,21 +168,21 @@ def mlp(
         outputs: size of the output.
         hidden: widths of the hidden layers.
         norm: "batch_norm", "layer_norm" or "None", on the hidden layers.
-        dtype: of weights and computation.
+        dtype: of weights and computation; "mixed_bfloat16": see `_exact`.
     """
 
-    def dense(width: int, name: str) -> keras.layers.Dense:
+    def dense(width: int, name: str, dtype: str = dtype) -> keras.layers.Dense:
         initializer = keras.initializers.TruncatedNormal(stddev=0.01)
         return keras.layers.Dense(width, kernel_initializer=initializer, dtype=dtype, name=name)
 
-    layers: list[keras.layers.Layer] = [keras.layers.Input(input_shape, dtype=dtype)]
+    layers: list[keras.layers.Layer] = [keras.layers.Input(input_shape, dtype=_exact(dtype))]
     if len(input_shape) > 1:
         layers.append(keras.layers.Flatten(dtype=dtype))
     for i, width in enumerate(hidden):
         layers.append(dense(width, f"dense{i + 1}"))
         layers += _norm(norm, dtype, f"norm{i}")
         layers.append(keras.layers.ReLU(dtype=dtype))
-    layers.append(dense(outputs, "head"))
+    layers.append(dense(outputs, "head", _exact(dtype)))
     return keras.Sequential(layers)
 
 

@@ -13,7 +13,7 @@ import shlex
 import sys
 from typing import TYPE_CHECKING, NamedTuple
 
-from maml import cli, command, launch, results
+from maml import command, launch, results
 from maml.settings import CHECKPOINTS, FLAGS, Settings, UserError, parse
 
 if TYPE_CHECKING:
@@ -241,12 +241,12 @@ def _work(operands: list[str]) -> None:
         import tensorflow as tf
         from tqdm import tqdm
 
-    from maml import build, evaluate
+    from maml import build, devices, evaluate
     from maml.run import Run
 
     # Each number of queries is another shape, of which TensorFlow would warn where the tasks are few.
     tf.get_logger().setLevel("ERROR")
-    device = cli._use_the_machine(settings)
+    device = devices.use(settings).description
     data = build.load_data(settings)
     queries = queries_that_fit(settings, data)
     spec = build.test_spec(dataclasses.replace(settings, test_num_query=queries[0]))

@@ -14,6 +14,7 @@ from maml.settings import Settings, UserError, as_flagfile, parse, read_flagfile
 FREE_FLAGS = {
     "metatrain_iterations", "log", "logdir", "resume", "train", "test_set", "test_num_query",
     "test_num_updates", "num_test_tasks", "transductive", "data_dir", "save_interval",
+    "tasks_per_chunk", "jit_compile", "deterministic",
 }  # fmt: skip
 
 
@@ -24,9 +25,13 @@ class Run:
     `validation.csv`, `train/` and `validation/` (TensorBoard), `*.png`; and what `maml.results` writes.
     """
 
-    def __init__(self, settings: Settings, learner: Maml):
-        """Opens nothing yet: see `begin` (training) and `restore` (testing)."""
+    def __init__(self, settings: Settings, learner: Maml, *, chief: bool = True):
+        """Opens nothing yet: see `begin` (training) and `restore` (testing).
+
+        A process that is not the chief reads the folder as the chief does, and writes nothing in it.
+        """
         self.settings = settings
+        self.chief = chief
         self.dir = settings.run_dir
         self.iteration = tf.Variable(0, dtype=tf.int64, trainable=False)
         # Episodes are a function of (seed, iteration): these two are the whole random state.
@@ -64,8 +69,9 @@ class Run:
                     f"{', '.join(map(str, there))}: ask for one of them, or for more iterations."
                 )
         try:
-            self.dir.mkdir(parents=True, exist_ok=True)
-            if not there or there[-1] <= self.settings.iterations:
+            if self.chief:
+                self.dir.mkdir(parents=True, exist_ok=True)
+            if self.chief and (not there or there[-1] <= self.settings.iterations):
                 write_whole(self.dir / "flags", as_flagfile(self.settings))
         except OSError as error:
             raise UserError(f"--logdir: cannot write to {self.dir} ({error.strerror}).") from error
@@ -102,6 +108,8 @@ class Run:
 
     def save(self) -> None:
         """Writes a checkpoint of the present iteration."""
+        if not self.chief:
+            return
         if self._manager is None:
             self._manager = tf.train.CheckpointManager(
                 self._checkpoint, str(self.dir / "checkpoints"), max_to_keep=None, checkpoint_name="model"
@@ -117,7 +125,7 @@ class Run:
 
     def write_scalars(self, writer: str, scalars: dict[str, float]) -> None:
         """Writes TensorBoard scalars at the present iteration to "train" or "validation"."""
-        if not self.settings.log:
+        if not (self.settings.log and self.chief):
             return
         with self._writer(writer).as_default(step=int(self.iteration)):
             for tag, value in scalars.items():

@@ -107,6 +107,31 @@ def _define_flags(values: flags.FlagValues) -> None:
     integer(
         "seed", 0, "seeds the weights, the class split and the episodes", lower_bound=0, upper_bound=2**31
     )
+    integer(
+        "tasks_per_chunk",
+        None,
+        "tasks held in memory at once: the meta-gradient is summed over parts of so many tasks, the same "
+        "to rounding; for a meta-batch that does not fit. Each may take longer. [chosen: one per core "
+        "with convolutions, else the meta-batch]",
+        lower_bound=1,
+    )
+    boolean(
+        "mixed_precision",
+        False,
+        "hidden layers compute in bfloat16; weights, gradients, norms, the head and the losses stay "
+        "float32. For hardware that is fast in bfloat16; the run gets a folder of its own",
+    )
+    boolean(
+        "jit_compile",
+        None,
+        "compile the training with XLA, for speed in return for a slow start [chosen: only for networks "
+        "without convolutions]",
+    )
+    boolean(
+        "deterministic",
+        False,
+        "the same result bit for bit on a GPU too, at some cost in speed (on a CPU it is so anyway)",
+    )
     integer("save_interval", 1000, "iterations between checkpoints (and validations)", lower_bound=1)
     for name in ("meta_lr", "update_lr", "train_update_lr"):
         message = f"--{name} needs a finite number"
@@ -159,6 +184,10 @@ class Settings:
     skip_bad_images: bool
     seed: int
     save_interval: int
+    tasks_per_chunk: int | None
+    mixed_precision: bool
+    jit_compile: bool | None
+    deterministic: bool
 
     @property
     def classification(self) -> bool:
@@ -195,6 +224,7 @@ class Settings:
         if self.datasource == "folder":
             # The data set is its own name; those of the others differ by the paper's values.
             name += f".folder-{re.sub(r'[^a-zA-Z0-9_-]+', '-', pathlib.Path(self.data_dir).resolve().stem)}"
+        name += ".bfloat16" if self.mixed_precision else ""
         name += f".img{self.img_size}" if self.img_size != default_img_size(self.datasource) else ""
         if self.init_from == RANDOM:
             name += ".from-random"

@@ -28,7 +28,7 @@ def train(settings: Settings, learner: Maml, data: EpisodeSource, run: Run) -> N
     """
     spec = train_spec(settings)
     data.check(spec, "train")
-    validating = _can_validate(data, settings)
+    validating = run.chief and _can_validate(data, settings)
     # A short iteration is not worth a Python call: the batched learner runs a hundred per call.
     block_length = LOG_INTERVAL if learner.vectorize else 1
     iteration = first_iteration = int(run.iteration)
@@ -106,7 +106,7 @@ def _scalars(
     optimizer = learner.pretrain_optimizer if pretraining else learner.meta_optimizer
     scalars = {
         "optimisation/gradient_norm": float(means.pop("gradient_norm")),
-        "optimisation/meta_lr": float(optimizer.learning_rate),
+        "optimisation/meta_lr": float(optimizer.learning_rate.numpy()),
         "optimisation/iterations_per_second": rate,
     }
     for name, mean in means.items():

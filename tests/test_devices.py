@@ -1,0 +1,231 @@
+"""Where the tasks run must not matter: parts of the meta-batch, several devices, several processes."""
+
+import json
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from maml import devices, settings
+from maml.episodes import Episode
+from maml.learner import Maml, cross_entropy
+from maml.networks import conv4, mlp
+from maml.settings import UserError
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+TASKS, WAY = 6, 3
+SIDE = 16
+
+
+def learner(name: str, **options) -> Maml:
+    """A small learner in float64 with batch norm, always with the same weights."""
+    shape = (SIDE, SIDE, 1)
+    if name == "conv":
+        network = conv4(shape, WAY, filters=3, norm="batch_norm", flatten=True, dtype="float64")
+    else:
+        network = mlp(shape, WAY, hidden=(6, 5), norm="batch_norm", dtype="float64")
+    rng = np.random.default_rng(1)
+    for variable in network.trainable_variables:
+        variable.assign(rng.normal(size=variable.shape) / np.sqrt(np.prod(variable.shape[:-1])))
+    return Maml(network, cross_entropy(1), inner_lr=0.1, inner_steps=2, classification=True, **options)
+
+
+def meta_batch(tasks: int = TASKS) -> Episode:
+    """Random tasks, all different; two queries per class."""
+    rng = np.random.default_rng(2)
+    support_x, query_x = (rng.normal(size=(tasks, n, SIDE, SIDE, 1)) for n in (WAY, 2 * WAY))
+    labels = np.tile(np.arange(WAY, dtype=np.int32), (tasks, 2))
+    return Episode(*map(tf.constant, (support_x, labels[:, :WAY], query_x, labels)))
+
+
+def assert_same(found: tuple, expected: tuple, relative: float = 1e-12) -> None:
+    """Gradients and measures agree, relative to the gradient's length and to each measure."""
+    size = float(tf.linalg.global_norm(expected[0]))
+    for one, other in zip(found[0], expected[0], strict=True):
+        np.testing.assert_allclose(one, other, rtol=0, atol=relative * size)
+    assert found[1].keys() == expected[1].keys()
+    for name, value in expected[1].items():
+        np.testing.assert_allclose(found[1][name], value, rtol=relative)
+
+
+def assert_same_weights(found: Maml, expected: Maml) -> None:
+    """To 1e-8 of Adam's step of 1e-3: where the gradient is a rounding error, as before batch norm, less."""
+    for one, other in zip(
+        found.network.trainable_variables, expected.network.trainable_variables, strict=True
+    ):
+        np.testing.assert_allclose(one.numpy(), other.numpy(), rtol=0, atol=1e-8)
+
+
+# --- Parts of the meta-batch --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("phase", ["meta", "joint"])
+@pytest.mark.parametrize("first_order", [False, True], ids=["second_order", "first_order"])
+@pytest.mark.parametrize("name", ["conv", "mlp"])
+def test_the_meta_gradient_does_not_depend_on_the_chunk(name, first_order, phase):
+    def gradient(chunk: int | None) -> tuple:
+        maml = learner(name, first_order=first_order, tasks_per_chunk=chunk)
+        assert maml.vectorize == (name == "mlp")
+        mean = maml.meta_gradient if phase == "meta" else maml.joint_gradient
+        return tf.function(mean)(meta_batch())
+
+    whole = gradient(None)
+    for chunk in (2, 4):  # 4 does not divide the 6 tasks
+        assert_same(gradient(chunk), whole)
+
+
+def test_a_chunk_holds_no_more_tasks_than_it_says(monkeypatch):
+    maml = learner("mlp", tasks_per_chunk=4)
+    sizes, over_tasks = [], maml._over_tasks
+
+    def watched(task_gradient, weights, episodes):
+        sizes.append(episodes.support_x.shape[0])
+        return over_tasks(task_gradient, weights, episodes)
+
+    monkeypatch.setattr(maml, "_over_tasks", watched)
+    maml.meta_gradient(meta_batch())
+    assert sizes == [4, 2]
+
+
+def test_training_in_chunks_trains_the_same_network():
+    """Through the compiled block, in whose loop the parts are a loop of their own."""
+    whole, parts = learner("mlp"), learner("mlp", tasks_per_chunk=4)
+    block = tf.nest.map_structure(lambda field: field[tf.newaxis], meta_batch())
+    measures = parts.metatrain_block(block, tf.constant(0), tf.constant(1))
+    expected = whole.meta_step(meta_batch())
+    np.testing.assert_allclose(measures["gradient_norm"][0], expected["gradient_norm"], rtol=1e-12)
+    assert_same_weights(parts, whole)
+
+
+# --- Several devices ----------------------------------------------------------------------------------
+
+
+def state(maml: Maml) -> list[np.ndarray]:
+    """Weights and optimizers."""
+    variables = [*maml.network.trainable_variables, *maml.meta_optimizer.variables]
+    return [variable.numpy() for variable in variables + maml.pretrain_optimizer.variables]
+
+
+def checkpoint(maml: Maml) -> tf.train.Checkpoint:
+    return tf.train.Checkpoint(
+        network=maml.network, meta=maml.meta_optimizer, pretrain=maml.pretrain_optimizer
+    )
+
+
+def on_two_devices(folder: str) -> None:
+    """Compares two devices with one; in a process of its own, for TensorFlow divides a device only once."""
+    halves = [tf.config.LogicalDeviceConfiguration()] * 2
+    tf.config.set_logical_device_configuration(tf.config.list_physical_devices("CPU")[0], halves)
+    strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
+    batch = meta_batch()
+    other = batch._replace(support_x=batch.query_x[:, :WAY], query_x=-batch.query_x)
+    block = Episode(*[tf.stack(fields) for fields in zip(batch, other, strict=True)])
+    for name in ("conv", "mlp"):
+        one = learner(name, clip=0.05)
+        with strategy.scope():  # each device has 3 tasks, taken 2 and 1
+            two = learner(name, clip=0.05, strategy=strategy, tasks_per_chunk=2)
+        assert_same(tf.function(two.meta_gradient)(batch), tf.function(one.meta_gradient)(batch))
+        two.metatrain_block(block, tf.constant(0), tf.constant(2))
+        for episodes in (batch, other):
+            one.meta_step(episodes)
+        assert_same_weights(two, one)
+        for variable in two.network.trainable_variables:
+            first, second = variable.value.values
+            assert np.array_equal(first, second)
+        print(name, "trains the same on two devices")
+
+    for source in (one, two):
+        with strategy.scope():
+            restored_on_two = learner("mlp", strategy=strategy)
+        path = checkpoint(source).save(f"{folder}/model")
+        for target in (learner("mlp"), restored_on_two):
+            checkpoint(target).restore(path).assert_consumed()
+            assert all(np.array_equal(a, b) for a, b in zip(state(target), state(source), strict=True))
+    assert int(restored_on_two.meta_optimizer.iterations.numpy()) == 2
+    print("checkpoints pass both ways")
+
+
+def started(*command: str, **environment: str) -> subprocess.Popen:
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("TF_")} | environment
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([sys.executable, *command], cwd=ROOT, env=environment, **pipes)
+
+
+def ended(process: subprocess.Popen, expect: int = 0) -> tuple[str, str]:
+    try:
+        out, err = process.communicate(timeout=600)
+    finally:
+        process.kill()
+    assert process.returncode == expect, out + err
+    return out, err
+
+
+def test_two_devices_train_like_one_and_exchange_checkpoints(tmp_path):
+    code = f"from tests import test_devices; test_devices.on_two_devices({str(tmp_path)!r})"
+    out, _ = ended(started("-c", code))
+    assert "mlp trains the same" in out and "checkpoints pass both ways" in out
+
+
+def tf_config(index: int, ports: list[int]) -> str:
+    cluster = {"worker": [f"127.0.0.1:{port}" for port in ports]}
+    return json.dumps({"cluster": cluster, "task": {"type": "worker", "index": index}})
+
+
+def free_ports(count: int) -> list[int]:
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [found.getsockname()[1] for found in sockets]
+    for found in sockets:
+        found.close()
+    return ports
+
+
+def test_two_processes_train_like_one_and_leave_one_run_folder(tmp_path):
+    name = "cls_5.mbs_4.ubs_5.numstep1.updatelr0.001nonorm"
+    flags = ("--meta_batch_size=4", "--num_test_tasks=4", "--save_interval=10", "--test_num_updates=2")
+
+    def train(folder: str, iterations: int, **environment: str) -> subprocess.Popen:
+        arguments = (f"--logdir={tmp_path / folder}", f"--metatrain_iterations={iterations}", *flags)
+        return started("main.py", *arguments, **environment)
+
+    def weights(folder: str, iteration: int) -> list[np.ndarray]:
+        reader = tf.train.load_checkpoint(str(tmp_path / folder / name / f"checkpoints/model-{iteration}"))
+        kept = sorted(k for k in reader.get_variable_to_shape_map() if k.startswith("network/"))
+        return [reader.get_tensor(key) for key in kept if "VALUE" in key]
+
+    ports = free_ports(2)
+    chief, other = (train("two", 20, TF_CONFIG=tf_config(i, ports)) for i in range(2))
+    said, _ = ended(chief)
+    assert "2 processes" in said and "query" in said
+    assert ended(other)[0] == ""
+    files = {"checkpoints", "train", "validation", "flags", "results.json", "validation.csv", "fits.png"}
+    assert {path.name for path in (tmp_path / "two" / name).iterdir()} == files | {
+        "test_ubs5_stepsize0.001.csv"
+    }
+    ended(train("one", 20))
+    for one, two in zip(weights("one", 20), weights("two", 20), strict=True):
+        np.testing.assert_allclose(two, one, rtol=0, atol=1e-6)  # 20 steps of 1e-3, in float32
+    resumed, _ = ended(train("two", 30))
+    assert "resumed from iteration 20 of 30" in resumed
+    ended(train("one", 30))
+    for one, two in zip(weights("one", 30), weights("two", 30), strict=True):
+        np.testing.assert_allclose(two, one, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (tf_config(0, [1, 2]), "--meta_batch_size=25: found 2 devices in 2 processes"),
+        (tf_config(2, [1, 2]), "TF_CONFIG: found"),
+        ("{", "TF_CONFIG: found"),
+    ],
+)
+def test_devices_that_cannot_share_the_meta_batch_are_refused(config, message, tmp_path, monkeypatch):
+    monkeypatch.setenv("TF_CONFIG", config)
+    with pytest.raises(UserError, match=message):
+        devices.use(settings.parse(["--meta_batch_size=25"]))

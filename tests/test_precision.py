@@ -1,0 +1,101 @@
+"""`--mixed_precision`, `--jit_compile`, `--deterministic`: what they change, and what they must not."""
+
+import numpy as np
+import pytest
+
+import keras  # isort: skip
+import tensorflow as tf  # isort: skip
+
+from maml import build, devices
+from maml.episodes import EpisodeSpec
+from maml.learner import Maml
+from maml.networks import conv4, mlp
+from maml.settings import UserError, parse
+from tests.test_devices import assert_same, learner, meta_batch
+
+NETWORKS = {
+    "mlp": lambda: mlp((4, 4, 1), 3, hidden=(5,)),
+    "strided": lambda: conv4((16, 16, 1), 3, filters=2),
+    "pooled": lambda: conv4((16, 16, 1), 3, filters=2, max_pool=True),
+}
+
+
+@pytest.mark.parametrize("device", ["CPU", "GPU"])
+@pytest.mark.parametrize(("name", "batched"), [("mlp", True), ("strided", False), ("pooled", False)])
+def test_what_is_chosen_where_nothing_is_asked(name, batched, device):
+    assert devices.plan(NETWORKS[name](), device) == (batched, batched)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_what_is_asked_is_done(name):
+    network = NETWORKS[name]()
+    assert devices.plan(network, "CPU", jit_compile=False).jit_compile is False
+    assert devices.plan(network, "GPU", jit_compile=True).jit_compile is True
+    assert devices.plan(network, "CPU", vectorize=False) == (False, False)
+
+
+def test_a_second_derivative_that_xla_lacks_is_refused():
+    pooled = NETWORKS["pooled"]()
+    with pytest.raises(UserError, match="XLA has no second derivative of max-pooling on a CPU"):
+        devices.plan(pooled, "CPU", jit_compile=True)
+    assert devices.plan(pooled, "CPU", jit_compile=True, second_order=False).jit_compile
+    assert devices.plan(NETWORKS["strided"](), "CPU", jit_compile=True).jit_compile
+
+
+def test_convolutions_compiled_give_the_same_meta_gradient():
+    compiled, plain = learner("conv", jit_compile=True), learner("conv")
+    assert compiled.jit_compile and not plain.jit_compile
+    found = tf.function(compiled.meta_gradient, jit_compile=True)(meta_batch())
+    assert_same(found, tf.function(plain.meta_gradient)(meta_batch()), 1e-10)
+
+
+def sinusoid(*flags: str) -> tuple[Maml, tf.Tensor]:
+    """A learner with the weights of seed 0, and a block of 500 meta-batches."""
+    settings = parse([*flags, "--update_batch_size=10", "--update_lr=0.01"])
+    keras.utils.set_random_seed(0)
+    data = build.load_data(settings)
+    episodes = data.sample(EpisodeSpec(5, 10, 10, 0), "train", tf.range(500 * 25, dtype=tf.int64))
+    block = tf.nest.map_structure(lambda field: tf.reshape(field, (500, 25, *field.shape[1:])), episodes)
+    return build.build_learner(settings, build.build_network(settings, (1,))), block
+
+
+def test_mixed_precision_computes_in_bfloat16_and_keeps_weights_and_gradient():
+    settings = parse(["--datasource=omniglot", "--mixed_precision"])
+    network = build.build_network(settings, (28, 28, 1))
+    types = {layer.name: layer.compute_dtype for layer in network.layers}
+    assert types["conv1"] == types["conv4"] == "bfloat16"
+    assert types["norm0"] == types["head"] == "float32"
+    assert {variable.dtype for variable in network.variables} == {"float32"}
+    assert settings.run_name.endswith(".bfloat16")
+    assert build.build_network(settings, (28, 28, 1), "float64").layers[0].compute_dtype == "float64"
+
+
+def test_mixed_precision_gives_about_the_meta_gradient_and_the_loss_of_float32():
+    (mixed, block), (exact, _) = sinusoid("--mixed_precision"), sinusoid()
+    losses = []
+    for maml in (mixed, exact):
+        measures = maml.metatrain_block(block, tf.constant(0), tf.constant(500))
+        losses.append(measures["query_loss"][-100:].numpy().mean())
+        assert losses[-1] < 0.9 * measures["query_loss"][:100].numpy().mean()
+    assert losses[0] == pytest.approx(losses[1], rel=0.05)
+    for one, other in zip(mixed.network.trainable_variables, exact.network.trainable_variables, strict=True):
+        one.assign(other)
+    batch = tf.nest.map_structure(lambda field: field[0], block)
+    found, expected = (
+        np.concatenate([np.ravel(g) for g in maml.meta_gradient(batch)[0]]) for maml in (mixed, exact)
+    )
+    assert found.dtype == np.float32
+    error = np.linalg.norm(found - expected) / np.linalg.norm(expected)
+    print("losses", losses, "error", error)
+    assert 1e-5 < error < 0.05  # a number of bfloat16 is right to 0.4 %
+
+
+def test_deterministic_asks_tensorflow_for_it(monkeypatch):
+    asked = []
+    monkeypatch.setattr(tf.config.experimental, "enable_op_determinism", lambda: asked.append(True))
+    for setter in ("set_inter_op_parallelism_threads", "set_intra_op_parallelism_threads"):
+        monkeypatch.setattr(tf.config.threading, setter, lambda _: None)  # only possible before the first op
+    devices.use(parse([]))
+    assert not asked
+    devices.use(parse(["--deterministic"]))
+    assert asked
