@@ -88,6 +88,38 @@ def standardise(x: tf.Tensor, axis: int, epsilon: float) -> tf.Tensor:
     return outputs[0]
 
 
+@keras.saving.register_keras_serializable("maml")
+class MaxPool(keras.layers.Layer):
+    """2×2 max-pooling without overlap or padding, as Keras' MaxPooling2D(2), made to be differentiated twice.
+
+    The gradient of TensorFlow's own gradient, MaxPoolGradGrad, is seven times slower on a CPU than
+    summing what the mask of the maxima leaves over, and XLA has none.
+    """
+
+    def compute_output_shape(self, input_shape):
+        batch, height, width, channels = input_shape
+        return (batch, height // 2, width // 2, channels)
+
+    def call(self, x):
+        window = dict(ksize=(1, 2, 2, 1), strides=(1, 2, 2, 1), padding="VALID")
+
+        @tf.custom_gradient
+        def pool(x: tf.Tensor):
+            y = tf.nn.max_pool2d(x, 2, 2, "VALID")
+
+            def to_maxima(values: tf.Tensor) -> tf.Tensor:
+                return tf.raw_ops.MaxPoolGrad(orig_input=x, orig_output=y, grad=values, **window)
+
+            @tf.custom_gradient
+            def gradient(upstream: tf.Tensor):
+                mask = to_maxima(tf.ones_like(y))
+                return to_maxima(upstream), lambda later: 4 * tf.nn.avg_pool2d(mask * later, 2, 2, "VALID")
+
+            return y, gradient
+
+        return pool(x)
+
+
 def _mean(x: tf.Tensor, axis: int) -> tf.Tensor:
     """The means of a matrix over axis 0, [1, columns], or 1, [rows, 1], as products with equal weights.
 
@@ -143,9 +175,10 @@ def conv4(
             keras.layers.Conv2D(filters, 3, strides=stride, padding="same", dtype=dtype, name=f"conv{i + 1}")
         )
         layers += _norm(norm, dtype, f"norm{i}")
-        layers.append(keras.layers.ReLU(dtype=dtype))
         if max_pool:
-            layers.append(keras.layers.MaxPooling2D(2, dtype=dtype))
+            # Before the ReLU, unlike in the paper: the same result, from a quarter of the work.
+            layers.append(MaxPool(dtype=dtype))
+        layers.append(keras.layers.ReLU(dtype=dtype))
     pooling = keras.layers.Flatten if flatten else keras.layers.GlobalAveragePooling2D
     layers.append(pooling(dtype=_exact(dtype)))
     head = "glorot_uniform" if flatten else keras.initializers.RandomNormal(stddev=1.0)
