@@ -8,7 +8,7 @@ import tensorflow as tf
 
 from maml import build
 from maml.episodes import Episode
-from maml.networks import BatchNorm
+from maml.networks import BatchNorm, MaxPool
 from maml.settings import Settings
 
 
@@ -27,19 +27,32 @@ class PlainBatchNorm(keras.layers.Layer):
         return (x - mean) * tf.math.rsqrt(variance + 1e-3) + self.beta
 
 
+def plain_network(network: keras.Sequential) -> keras.Sequential:
+    """The network with nothing of ours in it: layers of Keras, in the paper's order, and `PlainBatchNorm`."""
+    layers: list[keras.layers.Layer] = []
+    for layer in network.layers:
+        if isinstance(layer, BatchNorm):
+            layers.append(PlainBatchNorm(dtype=layer.compute_dtype))
+        elif isinstance(layer, MaxPool):
+            layers.append(keras.layers.MaxPooling2D(2, dtype=layer.compute_dtype))
+        else:
+            layers.append(type(layer).from_config(layer.get_config()))
+            if isinstance(layer, keras.layers.ReLU) and isinstance(layers[-2], keras.layers.MaxPooling2D):
+                layers[-2:] = layers[:-3:-1]
+    return keras.Sequential(
+        [keras.layers.Input(network.input_shape[1:], dtype=network.inputs[0].dtype), *layers]
+    )
+
+
 class PlainLoop:
     """MAML as written by hand in TensorFlow 2: a Python loop over the tasks, nested tapes, one outer tape."""
 
     def __init__(self, settings: Settings, network: keras.Model):
         """Copies the network (without a norm, or with batch norm) and its weights."""
 
-        def plain(layer: keras.layers.Layer) -> keras.layers.Layer:
-            if isinstance(layer, BatchNorm):
-                return PlainBatchNorm(dtype=layer.compute_dtype)
-            return type(layer).from_config(layer.get_config())
-
-        self.network = keras.models.clone_model(network, clone_function=plain)
-        self.network.set_weights(network.get_weights())
+        self.network = plain_network(network)
+        for mine, given in zip(self.network.trainable_variables, network.trainable_variables, strict=True):
+            mine.assign(given)
         self.settings = settings
         source = build.DATASOURCES[settings.datasource]
         self.scale, self.clip = source.scale, source.clip

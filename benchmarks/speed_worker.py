@@ -98,7 +98,7 @@ def agreement(learner: Maml, loop: PlainLoop, episodes: Episode) -> dict[str, fl
     """
     # Both get the same floating-point pixels: TensorFlow may round the division by 255 either way.
     episodes = learner.to_floating(episodes)
-    found, measures = tf.function(learner.meta_gradient, jit_compile=learner.vectorize)(episodes)
+    found, measures = tf.function(learner.meta_gradient, jit_compile=learner.tasks.vectorize)(episodes)
     needed, losses = tf.function(loop.meta_gradient)(episodes)
     whole = float(tf.linalg.global_norm(needed))
     off = [
@@ -138,7 +138,7 @@ def ours(settings: Settings) -> Timed:
     threads = devices.use(settings).description
     network, episodes = _begin(settings)
     learner = build.build_learner(settings, network)
-    length = LOG_INTERVAL if learner.vectorize else 1
+    length = LOG_INTERVAL if learner.tasks.vectorize else 1
     blocks = _cycle(episodes, lambda field, i: field[i : i + length], step=length)
     bounds = tf.constant(0), tf.constant(length)
 

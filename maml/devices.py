@@ -9,7 +9,6 @@ import os
 from collections.abc import Iterator
 from typing import NamedTuple
 
-import keras
 import tensorflow as tf
 
 from maml.settings import Settings, UserError
@@ -62,56 +61,6 @@ class Machine(NamedTuple):
             )
 
 
-class Plan(NamedTuple):
-    """How the tasks of one device run: all as one batched computation, or each by itself; with XLA or not."""
-
-    vectorize: bool
-    jit_compile: bool
-
-
-def plan(
-    network: keras.Model,
-    device: str,
-    *,
-    vectorize: bool | None = None,
-    jit_compile: bool | None = None,
-    second_order: bool = True,
-) -> Plan:
-    """The plan for a network on a kind of device.
-
-    Without convolutions the tasks are batched and compiled, on any device. `tf.vectorized_map` has no
-    convolution with a kernel per task, so with convolutions each task runs by itself, uncompiled:
-    on a processor that keeps every core on a task of its own, which XLA would not.
-
-    Args:
-        network: to be meta-learned.
-        device: "CPU" or "GPU".
-        vectorize: None: chosen.
-        jit_compile: None: chosen.
-        second_order: whether the meta-gradient has second derivatives.
-
-    Raises:
-        UserError: if the network cannot be compiled for the device.
-    """
-    if vectorize is None:
-        vectorize = all(len(variable.shape) <= 2 for variable in network.trainable_variables)
-    if jit_compile is None:
-        jit_compile = vectorize
-    pooled = any(isinstance(layer, keras.layers.MaxPooling2D) for layer in network.layers)
-    if jit_compile and pooled and second_order and device == "CPU":
-        raise UserError(
-            "--jit_compile: XLA has no second derivative of max-pooling on a CPU; found --max_pool "
-            "(mini-ImageNet's network) and second order. Drop --jit_compile, or add --nomax_pool or "
-            "--stop_grad."
-        )
-    return Plan(vectorize, jit_compile)
-
-
-def kind() -> str:
-    """The kind of device that computes: "GPU" where TensorFlow sees one, else "CPU"."""
-    return "GPU" if tf.config.list_logical_devices("GPU") else "CPU"
-
-
 def use(settings: Settings) -> Machine:
     """Sets TensorFlow up for the machine; must come before anything that computes.
 
@@ -140,9 +89,11 @@ def use(settings: Settings) -> Machine:
         tasks = max(1, settings.meta_batch_size // workers)
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         at_once = min(cores, tasks, settings.tasks_per_chunk or cores)
+        # A task per thread; but the large products of a batched network on images divide themselves.
+        batched = settings.classification and not settings.conv
         tf.config.threading.set_inter_op_parallelism_threads(at_once)
-        tf.config.threading.set_intra_op_parallelism_threads(max(1, cores // at_once))
-        description = f"CPU, {at_once} tasks at once"
+        tf.config.threading.set_intra_op_parallelism_threads(cores if batched else max(1, cores // at_once))
+        description = f"CPU, {cores} core{'s' * (cores > 1)}" + f", {at_once} tasks at once" * (not batched)
     if settings.deterministic:
         tf.config.experimental.enable_op_determinism()
     if not settings.train:

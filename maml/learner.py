@@ -10,10 +10,10 @@ from typing import NamedTuple
 import keras
 import tensorflow as tf
 
-from maml import devices
 from maml.adam import Adam
 from maml.episodes import Episode
 from maml.networks import adapted_weights
+from maml.task_map import TaskMap
 
 Weights = list[tf.Tensor]
 Measures = dict[str, tf.Tensor]
@@ -85,7 +85,7 @@ class Maml:
             clip: clip every entry of the meta-gradient to ±clip (the original: 10 for mini-ImageNet).
             scale: inputs are divided by it on the device (255 for photographs in uint8).
             vectorize: True runs all tasks as one batched computation, False each task by itself on a
-                thread; None chooses, see `maml.devices.plan`.
+                thread; None chooses, see `TaskMap.choose`.
             jit_compile: compile training with XLA; None chooses likewise.
             tasks_per_chunk: tasks held in memory at once; the meta-gradient is summed over such parts
                 of the meta-batch. None: all those that `vectorize` makes one computation, else as many
@@ -102,27 +102,16 @@ class Maml:
         self.clip = clip
         # A variable, because TensorFlow turns division by a constant into a less exact multiplication.
         self._scale = tf.Variable(scale, trainable=False, name="scale")
-        self.vectorize, self.jit_compile = devices.plan(
-            network,
-            devices.kind(),
-            vectorize=vectorize,
-            jit_compile=jit_compile,
-            second_order=not first_order,
+        self.tasks = TaskMap.choose(
+            network, vectorize, jit_compile, tasks_per_chunk=tasks_per_chunk, strategy=strategy
         )
-        self.tasks_per_chunk = tasks_per_chunk
-        self.strategy = strategy
         self.meta_optimizer = Adam(meta_lr)
         self.pretrain_optimizer = Adam(meta_lr)
         for optimizer in (self.meta_optimizer, self.pretrain_optimizer):
             optimizer.build(network.trainable_variables)  # so that a checkpoint can restore the slots
         self._adapted = adapted_weights(network)
-        # XLA compiles for one device: with several, each one's part of the meta-gradient by itself.
-        compile_block = self.jit_compile and strategy is None
-        self.pretrain_block = tf.function(self._pretrain_block, jit_compile=compile_block)
-        self.metatrain_block = tf.function(self._metatrain_block, jit_compile=compile_block)
-        self._mean_on_this_device = self._mean_over_chunks
-        if strategy is not None:
-            self._mean_on_this_device = tf.function(self._mean_over_chunks, jit_compile=self.jit_compile)
+        self.pretrain_block = self.tasks.compiled(self._pretrain_block)
+        self.metatrain_block = self.tasks.compiled(self._metatrain_block)
         self.evaluate = tf.function(self._evaluate, reduce_retracing=True)
 
     # --- The inner loop ---------------------------------------------------------------------------
@@ -270,7 +259,7 @@ class Maml:
             one_task,
             episodes,
             fn_output_signature=Adaptation(kinds, kinds, dtype),
-            parallel_iterations=self.tasks_per_chunk or 10,
+            parallel_iterations=self.tasks.tasks_per_chunk or 10,
         )
 
     # --- Tasks onto the machine -------------------------------------------------------------------
@@ -279,84 +268,31 @@ class Maml:
         return [tf.convert_to_tensor(variable) for variable in self.network.trainable_variables]
 
     def _mean_over_tasks(self, task_gradient: Callable, episodes: Episode) -> tuple[Weights, Measures]:
-        """The means over a meta-batch, of which every device of the strategy takes an equal part."""
-        if self.strategy is None:
-            return self._mean_on_this_device(task_gradient, episodes)
-
-        def on_a_device() -> tuple[Weights, Measures]:
-            device = tf.distribute.get_replica_context()
-            count = episodes.support_x.shape[0] // device.num_replicas_in_sync
-            part = _some_tasks(episodes, device.replica_id_in_sync_group * count, count)
-            return device.all_reduce(
-                tf.distribute.ReduceOp.MEAN, self._mean_on_this_device(task_gradient, part)
-            )
-
-        means = self.strategy.run(on_a_device)  # the same on all
-        return tf.nest.map_structure(lambda mean: self.strategy.experimental_local_results(mean)[0], means)
-
-    def _mean_over_chunks(self, task_gradient: Callable, episodes: Episode) -> tuple[Weights, Measures]:
-        weights = self._weights()
-        tasks = episodes.support_x.shape[0]
-        chunk = self.tasks_per_chunk or tasks
-        if chunk >= tasks:
-            everything = self._over_tasks(task_gradient, weights, episodes)
-            return tf.nest.map_structure(lambda each: tf.reduce_mean(each, axis=0), everything)
-
-        def add(sums: tuple, begin: int | tf.Tensor, count: int) -> tuple:
-            part = self._over_tasks(task_gradient, weights, _some_tasks(episodes, begin, count))
-            return tf.nest.map_structure(lambda total, each: total + tf.reduce_sum(each, axis=0), sums, part)
-
-        shapes, dtype = self._measure_shapes(task_gradient), weights[0].dtype
-        zeros = {name: tf.zeros(shape, dtype) for name, shape in shapes.items()}
-        sums = ([tf.zeros_like(weight) for weight in weights], zeros)
-        whole = tasks - tasks % chunk
-        _, sums = tf.while_loop(
-            lambda begin, _: begin < whole,
-            lambda begin, sums: (begin + chunk, add(sums, begin, chunk)),
-            (0, sums),
-            parallel_iterations=1,
-        )
-        if whole < tasks:
-            sums = add(sums, whole, tasks - whole)
-        return tf.nest.map_structure(lambda total: total / tasks, sums)
-
-    def _over_tasks(self, task_gradient: Callable, weights: Weights, episodes: Episode):
-        """`task_gradient` of every task at the given weights: its results with a leading axis of tasks."""
-
         def one_task(episode: Episode) -> tuple[Weights, Measures]:
-            return task_gradient(weights, self.to_floating(episode))
+            return task_gradient(self._weights(), self.to_floating(episode))
 
-        if self.vectorize:
-            return tf.vectorized_map(one_task, episodes)
-        # One task per thread at a time: with one thread per operation (see `maml.devices`) this is
-        # nearly twice as fast on two cores as one task over both.
-        dtype = weights[0].dtype
-        kinds = dict.fromkeys(self._measure_shapes(task_gradient), dtype)
-        return tf.map_fn(
-            one_task,
-            episodes,
-            fn_output_signature=([dtype] * len(weights), kinds),
-            parallel_iterations=tf.config.threading.get_inter_op_parallelism_threads() or 2,
-        )
+        weights = [tf.TensorSpec(weight.shape, weight.dtype) for weight in self.network.trainable_variables]
+        return self.tasks.mean(one_task, episodes, (weights, self._measure_specs(task_gradient)))
 
-    def _measure_shapes(self, task_gradient: Callable) -> dict[str, tuple[int, ...]]:
-        """The names and shapes of the measures that `task_gradient` returns beside the gradient."""
+    def _measure_specs(self, task_gradient: Callable) -> dict[str, tf.TensorSpec]:
+        """What `task_gradient` measures beside the gradient."""
         joint = task_gradient == self.task_joint_gradient
-        shapes: dict[str, tuple[int, ...]] = {}
+        dtype = self.network.trainable_variables[0].dtype
+        specs: dict[str, tf.TensorSpec] = {}
         for name in ["loss"] + ["accuracy"] * self.classification:
-            shapes[f"support_{name}"] = (1 if joint else self.inner_steps,)
+            specs[f"support_{name}"] = tf.TensorSpec((1 if joint else self.inner_steps,), dtype)
             if not joint:
-                shapes[f"query_{name}"] = ()
-        return shapes
+                specs[f"query_{name}"] = tf.TensorSpec((), dtype)
+        return specs
 
     def _over_block(self, step: Callable, block: Episode, first: tf.Tensor, last: tf.Tensor) -> Measures:
         length = block.support_x.shape[0]
-        dtype = self.network.trainable_variables[0].dtype
         joint = step == self.pretrain_step
-        shapes = self._measure_shapes(self.task_joint_gradient if joint else self.task_meta_gradient)
+        specs = self._measure_specs(self.task_joint_gradient if joint else self.task_meta_gradient)
+        specs["gradient_norm"] = tf.TensorSpec((), specs["support_loss"].dtype)
         records = {
-            name: tf.TensorArray(dtype, size=length, element_shape=shape)
-            for name, shape in {"gradient_norm": (), **shapes}.items()
+            name: tf.TensorArray(spec.dtype, size=length, element_shape=spec.shape)
+            for name, spec in specs.items()
         }
 
         def body(i, records):
@@ -380,13 +316,3 @@ class Maml:
             convert(episodes.query_x),
             targets(episodes.query_y),
         )
-
-
-def _some_tasks(episodes: Episode, begin: int | tf.Tensor, count: int) -> Episode:
-    """`count` tasks from the one at `begin` on. A slice of constant size, as XLA wants it."""
-    return Episode(
-        *[
-            tf.slice(field, [begin] + [0] * (field.shape.rank - 1), [count, *field.shape[1:]])
-            for field in episodes
-        ]
-    )

@@ -30,7 +30,7 @@ def train(settings: Settings, learner: Maml, data: EpisodeSource, run: Run) -> N
     data.check(spec, "train")
     validating = run.chief and _can_validate(data, settings)
     # A short iteration is not worth a Python call: the batched learner runs a hundred per call.
-    block_length = LOG_INTERVAL if learner.vectorize else 1
+    block_length = LOG_INTERVAL if learner.tasks.vectorize else 1
     iteration = first_iteration = int(run.iteration)
     blocks = stream_blocks(
         data,

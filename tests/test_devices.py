@@ -23,11 +23,11 @@ TASKS, WAY = 6, 3
 SIDE = 16
 
 
-def learner(name: str, **options) -> Maml:
+def learner(name: str, max_pool: bool = False, **options) -> Maml:
     """A small learner in float64 with batch norm, always with the same weights."""
     shape = (SIDE, SIDE, 1)
     if name == "conv":
-        network = conv4(shape, WAY, filters=3, norm="batch_norm", flatten=True, dtype="float64")
+        network = conv4(shape, WAY, filters=3, max_pool=max_pool, flatten=True, dtype="float64")
     else:
         network = mlp(shape, WAY, hidden=(6, 5), norm="batch_norm", dtype="float64")
     rng = np.random.default_rng(1)
@@ -71,7 +71,7 @@ def assert_same_weights(found: Maml, expected: Maml) -> None:
 def test_the_meta_gradient_does_not_depend_on_the_chunk(name, first_order, phase):
     def gradient(chunk: int | None) -> tuple:
         maml = learner(name, first_order=first_order, tasks_per_chunk=chunk)
-        assert maml.vectorize == (name == "mlp")
+        assert maml.tasks.vectorize == (name == "mlp")
         mean = maml.meta_gradient if phase == "meta" else maml.joint_gradient
         return tf.function(mean)(meta_batch())
 
@@ -82,13 +82,13 @@ def test_the_meta_gradient_does_not_depend_on_the_chunk(name, first_order, phase
 
 def test_a_chunk_holds_no_more_tasks_than_it_says(monkeypatch):
     maml = learner("mlp", tasks_per_chunk=4)
-    sizes, over_tasks = [], maml._over_tasks
+    sizes, each = [], maml.tasks.each
 
-    def watched(task_gradient, weights, episodes):
+    def watched(one_task, episodes, like):
         sizes.append(episodes.support_x.shape[0])
-        return over_tasks(task_gradient, weights, episodes)
+        return each(one_task, episodes, like)
 
-    monkeypatch.setattr(maml, "_over_tasks", watched)
+    monkeypatch.setattr(maml.tasks, "each", watched)
     maml.meta_gradient(meta_batch())
     assert sizes == [4, 2]
 

@@ -143,9 +143,9 @@ def test_the_meta_gradient_is_the_finite_difference(name, norm, steps, first_ord
     tasks = episodes(name, rng)
     gradient, _ = maml.meta_gradient(tasks)
     if name.startswith("mlp"):
-        maml.vectorize = True
+        maml.tasks.vectorize = True
         batched, _ = maml.meta_gradient(tasks)
-        maml.vectorize = False
+        maml.tasks.vectorize = False
         size = float(tf.linalg.global_norm(gradient))
         for one, other in zip(gradient, batched, strict=True):
             assert np.abs(one - other).max() <= 1e-12 * size
@@ -317,7 +317,7 @@ BATCHED = {"conv_strided": False, "mlp_images": True}  # name: whether the learn
 def with_batch_norm(name: str) -> tuple[Maml, Episode]:
     rng = np.random.default_rng(SEED)
     maml = learner(name, "batch_norm", rng)
-    maml.vectorize = BATCHED[name]
+    maml.tasks.vectorize = BATCHED[name]
     return maml, episodes(name, rng)
 
 

@@ -10,7 +10,8 @@ from maml import build, devices
 from maml.episodes import EpisodeSpec
 from maml.learner import Maml
 from maml.networks import conv4, mlp
-from maml.settings import UserError, parse
+from maml.settings import parse
+from maml.task_map import TaskMap
 from tests.test_devices import assert_same, learner, meta_batch
 
 NETWORKS = {
@@ -20,31 +21,24 @@ NETWORKS = {
 }
 
 
-@pytest.mark.parametrize("device", ["CPU", "GPU"])
 @pytest.mark.parametrize(("name", "batched"), [("mlp", True), ("strided", False), ("pooled", False)])
-def test_what_is_chosen_where_nothing_is_asked(name, batched, device):
-    assert devices.plan(NETWORKS[name](), device) == (batched, batched)
+def test_what_is_chosen_where_nothing_is_asked(name, batched):
+    tasks = TaskMap.choose(NETWORKS[name](), None, None)
+    assert (tasks.vectorize, tasks.jit_compile) == (batched, batched)
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_what_is_asked_is_done(name):
-    network = NETWORKS[name]()
-    assert devices.plan(network, "CPU", jit_compile=False).jit_compile is False
-    assert devices.plan(network, "GPU", jit_compile=True).jit_compile is True
-    assert devices.plan(network, "CPU", vectorize=False) == (False, False)
+@pytest.mark.parametrize("asked", [True, False])
+def test_what_is_asked_is_done(name, asked):
+    assert TaskMap.choose(NETWORKS[name](), None, asked).jit_compile is asked
+    assert TaskMap.choose(NETWORKS[name](), asked, None).vectorize is asked
 
 
-def test_a_second_derivative_that_xla_lacks_is_refused():
-    pooled = NETWORKS["pooled"]()
-    with pytest.raises(UserError, match="XLA has no second derivative of max-pooling on a CPU"):
-        devices.plan(pooled, "CPU", jit_compile=True)
-    assert devices.plan(pooled, "CPU", jit_compile=True, second_order=False).jit_compile
-    assert devices.plan(NETWORKS["strided"](), "CPU", jit_compile=True).jit_compile
-
-
-def test_convolutions_compiled_give_the_same_meta_gradient():
-    compiled, plain = learner("conv", jit_compile=True), learner("conv")
-    assert compiled.jit_compile and not plain.jit_compile
+@pytest.mark.parametrize("pool", [False, True], ids=["strided", "pooled"])
+def test_convolutions_compiled_give_the_same_meta_gradient(pool):
+    """Of TensorFlow's own max-pooling XLA has no second derivative on a CPU."""
+    compiled, plain = (learner("conv", max_pool=pool, jit_compile=asked) for asked in (True, None))
+    assert compiled.tasks.jit_compile and not plain.tasks.jit_compile
     found = tf.function(compiled.meta_gradient, jit_compile=True)(meta_batch())
     assert_same(found, tf.function(plain.meta_gradient)(meta_batch()), 1e-10)
 
