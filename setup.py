@@ -25,6 +25,7 @@ setuptools.setup(
     install_requires=[
         "absl-py>=2",
         "importlib_resources",  # tensorflow-datasets 4.9.10 uses it without asking for it
+        "filelock>=3.12",
         "keras>=3.10",
         "matplotlib>=3.8",
         "numpy>=1.26",

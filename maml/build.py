@@ -111,6 +111,7 @@ def build_learner(
         meta_lr=settings.meta_lr,
         clip=source.clip,
         scale=source.scale,
+        skip_not_finite=settings.on_nan == "skip",
         jit_compile=settings.jit_compile,
         tasks_per_chunk=settings.tasks_per_chunk,
         strategy=strategy,

@@ -8,7 +8,7 @@ from maml.settings import RANDOM, Settings, UserError, resolve
 if TYPE_CHECKING:
     from maml.devices import Machine
 
-RESUMABLE = "interrupted; the same command goes on from the last checkpoint"
+RESUMABLE = "stopped; the same command goes on from the last checkpoint"
 
 
 def run() -> None:
@@ -53,13 +53,15 @@ def _train_and_test(settings: Settings, machine: "Machine") -> None:
     if settings.train:
         if settings.init_from and settings.init_from != RANDOM:
             folder.begin_from(learner.network)
-        folder.begin()
+        data.check(build.train_spec(settings), "train")
+        folder.begin(data.sample(build.train_spec(settings), "train", tf.zeros(1, tf.int64)))
         machine.check_together(folder.iteration)
         if int(folder.iteration):
             print(f"resumed from iteration {int(folder.iteration)} of {settings.iterations}", flush=True)
         if machine.chief:
             show_episodes.write_first_episodes(folder, data, settings)
         train(settings, learner, data, folder)
+        folder.end()
     if not machine.chief:
         return
     if not settings.train or settings.checkpoint == "best":

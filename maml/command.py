@@ -1,16 +1,23 @@
-"""What every command shares: flags in, one line per mistake, an exit code out."""
+"""What every command shares: flags in, one line per mistake, an exit code out; and being interrupted."""
 
 import contextlib
 import os
+import signal
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 
 from absl import app, flags, logging
 
-from maml.settings import FLAGS, UserError
+from maml.settings import FLAGS, Failure, UserError
 
-DONE, BAD_INPUT, INTERRUPTED = 0, 2, 130
+DONE, FAILED, BAD_INPUT = 0, 1, 2
+INTERRUPTED, TERMINATED = 128 + signal.SIGINT, 128 + signal.SIGTERM  # as shells have it
+
+
+class Terminated(KeyboardInterrupt):
+    """The program was sent SIGTERM, which it answers as it does Ctrl-C."""
 
 
 def run(
@@ -26,7 +33,9 @@ def run(
         work: is given the arguments that are not flags.
         operands: what these are, for the message where there are none; "": there may be none.
         any_number: of operands, from none; else just one.
-        interrupted: said after Ctrl-C.
+        interrupted: said after Ctrl-C or SIGTERM, unless the exception says more.
+
+    Exit codes: 0 done, 1 failed on the way (disk, numbers), 2 bad input, 130 Ctrl-C, 143 SIGTERM.
     """
 
     def main(arguments: list[str]) -> int:
@@ -34,14 +43,18 @@ def run(
             logging.set_verbosity(logging.WARNING)
         try:
             work(arguments[1:])
-        except UserError as error:
+        except (UserError, Failure) as error:
             print(f"error: {error}", file=sys.stderr)
-            return BAD_INPUT
-        except KeyboardInterrupt:
-            print(f"\n{interrupted}", file=sys.stderr)
-            return INTERRUPTED
+            return BAD_INPUT if isinstance(error, UserError) else FAILED
+        except KeyboardInterrupt as stopped:
+            print(f"\n{str(stopped) or interrupted}", file=sys.stderr)
+            return TERMINATED if isinstance(stopped, Terminated) else INTERRUPTED
         return DONE
 
+    def terminated(*_) -> None:
+        raise Terminated
+
+    signal.signal(signal.SIGTERM, terminated)
     for flag in FLAGS.flags_by_module_dict()["maml.settings"]:
         FLAGS.register_key_flag_for_module(sys.argv[0], flag)  # what --helpshort shows
     app.run(main, flags_parser=lambda arguments: _parse(arguments, operands, any_number))
@@ -65,6 +78,44 @@ def _parse(arguments: list[str], operands: str, any_number: bool) -> list[str]:
         )
         sys.exit(BAD_INPUT)
     return rest
+
+
+class Stop:
+    """Whether the program has been asked to stop, while the answer is put off."""
+
+    def __init__(self):
+        self.signal: int | None = None
+
+    def answer(self, message: str) -> None:
+        """Stops now, if that was asked for: raises KeyboardInterrupt or, for SIGTERM, Terminated."""
+        if self.signal is not None:
+            raise (Terminated if self.signal == signal.SIGTERM else KeyboardInterrupt)(message)
+
+
+@contextlib.contextmanager
+def put_off_interruption() -> Iterator[Stop]:
+    """Within it the first Ctrl-C or SIGTERM is only noted, and the second is answered at once.
+
+    In a thread other than the main one, which gets no signals, nothing is changed.
+    """
+    stop = Stop()
+    before: dict[int, Callable] = {}
+
+    def note(number: int, frame: object) -> None:
+        if stop.signal is not None:
+            before[number](number, frame)
+        stop.signal = number
+        os.write(2, b"\nfinishing the iteration and saving; once more to stop at once\n")
+
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            if callable(signal.getsignal(number)):  # not where it is ignored, or ends the process
+                before[number] = signal.signal(number, note)
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextlib.contextmanager

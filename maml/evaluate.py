@@ -39,6 +39,12 @@ class TestResult(NamedTuple):
         """What tasks are judged by: "accuracy", or "loss" for regression."""
         return "accuracy" if "accuracy" in self.query else "loss"
 
+    @property
+    def diverged(self) -> int:
+        """Tasks whose support loss after the last inner step is no lower than before the first, or NaN."""
+        loss = self.support["loss"]
+        return int((~(loss[:, -1] < loss[:, 0])).sum())
+
     def series(self, measure: str) -> Series:
         """The original's columns update0…n: before adaptation on the support set, then on the query set."""
         values = np.concatenate([self.support[measure][:, :1], self.query[measure][:, 1:]], axis=1)
@@ -115,4 +121,9 @@ def table(result: TestResult, settings: Settings, iteration: int) -> str:
     support, query = series(result.support[result.measure]), series(result.query[result.measure])
     lines = [head, f"{'step':>5}  {'on':<8}  {name} ± 95 % CI", line(0, "support", support)]
     lines += [line(step, "query", query) for step in range(len(query.mean))]
+    if result.diverged:
+        lines.append(
+            f"in {result.diverged} of {tasks} tasks the inner loop did not lower the support loss: "
+            f"fewer steps (--test_num_updates) or a smaller α (--update_lr) may serve them better"
+        )
     return "\n".join(lines)

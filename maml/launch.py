@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from maml import results
-from maml.command import DONE, INTERRUPTED
+from maml.command import DONE, INTERRUPTED, TERMINATED, Terminated
 from maml.settings import FLAGS, Settings, UserError, parse
 
 
@@ -54,8 +54,10 @@ def result(job: Job, title: str) -> dict:
     if found := results.find(job.settings):
         return found
     print(f"\n=== {title}\n{job.command}", flush=True)
-    with _interrupt_left_to_the_run():
-        code = subprocess.run([sys.executable, "-m", "maml", *job.arguments], check=False).returncode
+    with subprocess.Popen([sys.executable, "-m", "maml", *job.arguments]) as run, _signals_left_to(run):
+        code = run.wait()
+    if code in (TERMINATED, -signal.SIGTERM):
+        raise Terminated
     if code in (INTERRUPTED, -signal.SIGINT):
         raise KeyboardInterrupt
     if code != DONE:
@@ -64,10 +66,15 @@ def result(job: Job, title: str) -> dict:
 
 
 @contextlib.contextmanager
-def _interrupt_left_to_the_run() -> Iterator[None]:
-    """Ctrl-C reaches this process and the run; only the run acts on it, and says so by its exit code."""
-    before = signal.signal(signal.SIGINT, lambda *_: None)
+def _signals_left_to(run: subprocess.Popen) -> Iterator[None]:
+    """Ctrl-C reaches this process and the run, SIGTERM is passed on; only the run acts on them.
+
+    It says so by its exit code.
+    """
+    handlers = {signal.SIGINT: lambda *_: None, signal.SIGTERM: lambda *_: run.terminate()}
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -67,6 +67,7 @@ class Maml:
         meta_lr: float = 1e-3,
         clip: float | None = None,
         scale: float = 1.0,
+        skip_not_finite: bool = False,
         vectorize: bool | None = None,
         jit_compile: bool | None = None,
         tasks_per_chunk: int | None = None,
@@ -84,6 +85,8 @@ class Maml:
             meta_lr: β, the step size of the outer loop's Adam.
             clip: clip every entry of the meta-gradient to ±clip (the original: 10 for mini-ImageNet).
             scale: inputs are divided by it on the device (255 for photographs in uint8).
+            skip_not_finite: after an update that was left out, because a loss or the meta-gradient was
+                NaN or infinite, a block of training goes on; else it ends there.
             vectorize: True runs all tasks as one batched computation, False each task by itself on a
                 thread; None chooses, see `TaskMap.choose`.
             jit_compile: compile training with XLA; None chooses likewise.
@@ -100,6 +103,7 @@ class Maml:
         self.first_order = first_order
         self.classification = classification
         self.clip = clip
+        self.skip_not_finite = skip_not_finite
         # A variable, because TensorFlow turns division by a constant into a less exact multiplication.
         self._scale = tf.Variable(scale, trainable=False, name="scale")
         self.tasks = TaskMap.choose(
@@ -174,25 +178,36 @@ class Maml:
         return self._mean_over_tasks(self.task_joint_gradient, episodes)
 
     def meta_step(self, episodes: Episode) -> Measures:
-        """One update θ ← θ − β ∇_θ Σ L(f_θ'), by Adam (lines 3 to 9); returns the means over tasks."""
+        """One update θ ← θ − β ∇_θ Σ L(f_θ'), by Adam (lines 3 to 9); returns the means over tasks.
+
+        Where one of these or of the meta-gradient is not finite nothing is updated, and "skipped" is 1.
+        """
         gradient, measures = self.meta_gradient(episodes)
-        measures["gradient_norm"] = tf.linalg.global_norm(gradient)
-        if self.clip is not None:
-            gradient = [tf.clip_by_value(g, -self.clip, self.clip) for g in gradient]
-        self.meta_optimizer.apply(gradient, self.network.trainable_variables)
-        return measures
+        return self._update(self.meta_optimizer, gradient, measures, self.clip)
 
     def pretrain_step(self, episodes: Episode) -> Measures:
-        """One Adam update of joint training on the support sets; returns the means over tasks."""
+        """One Adam update of joint training on the support sets; as `meta_step`."""
         gradient, measures = self.joint_gradient(episodes)
-        measures["gradient_norm"] = tf.linalg.global_norm(gradient)
-        self.pretrain_optimizer.apply(gradient, self.network.trainable_variables)
-        return measures
+        return self._update(self.pretrain_optimizer, gradient, measures, None)
+
+    def _update(self, optimizer: Adam, gradient: Weights, measures: Measures, clip: float | None) -> Measures:
+        finite = tf.reduce_all([tf.reduce_all(tf.math.is_finite(x)) for x in [*gradient, *measures.values()]])
+        norm = tf.linalg.global_norm(gradient)
+        if clip is not None:
+            gradient = [tf.clip_by_value(g, -clip, clip) for g in gradient]
+
+        def apply() -> tf.Tensor:
+            optimizer.apply(gradient, self.network.trainable_variables)
+            return tf.zeros_like(norm)
+
+        skipped = tf.cond(finite, apply, lambda: tf.ones_like(norm))
+        return {**measures, "gradient_norm": norm, "skipped": skipped}
 
     def _metatrain_block(self, block: Episode, first: tf.Tensor, last: tf.Tensor) -> Measures:
         """`meta_step` on the meta-batches first…last−1 of a block (a leading axis of meta-batches).
 
-        Returns the measures of each, [block length, …]; zeros outside first…last−1.
+        Returns the measures of each, [block length, …]; zeros outside first…last−1, and after an update
+        that was skipped (unless `skip_not_finite`).
         """
         return self._over_block(self.meta_step, block, first, last)
 
@@ -230,7 +245,7 @@ class Maml:
             transductive: batch norm of the query set by its own statistics, as in training, so that a
                 prediction depends on the other queries; False: by the support set's.
         """
-        weights = self._weights()
+        weights = self.weights()
 
         def one_task(episode: Episode) -> Adaptation:
             episode = self.to_floating(episode)
@@ -264,12 +279,13 @@ class Maml:
 
     # --- Tasks onto the machine -------------------------------------------------------------------
 
-    def _weights(self) -> Weights:
+    def weights(self) -> Weights:
+        """θ, the values of the network's trainable variables."""
         return [tf.convert_to_tensor(variable) for variable in self.network.trainable_variables]
 
     def _mean_over_tasks(self, task_gradient: Callable, episodes: Episode) -> tuple[Weights, Measures]:
         def one_task(episode: Episode) -> tuple[Weights, Measures]:
-            return task_gradient(self._weights(), self.to_floating(episode))
+            return task_gradient(self.weights(), self.to_floating(episode))
 
         weights = [tf.TensorSpec(weight.shape, weight.dtype) for weight in self.network.trainable_variables]
         return self.tasks.mean(one_task, episodes, (weights, self._measure_specs(task_gradient)))
@@ -289,17 +305,20 @@ class Maml:
         length = block.support_x.shape[0]
         joint = step == self.pretrain_step
         specs = self._measure_specs(self.task_joint_gradient if joint else self.task_meta_gradient)
-        specs["gradient_norm"] = tf.TensorSpec((), specs["support_loss"].dtype)
+        specs |= dict.fromkeys(("gradient_norm", "skipped"), tf.TensorSpec((), specs["support_loss"].dtype))
         records = {
             name: tf.TensorArray(spec.dtype, size=length, element_shape=spec.shape)
             for name, spec in specs.items()
         }
 
-        def body(i, records):
+        def body(i, stopped, records):
             measures = step(tf.nest.map_structure(lambda rows: rows[i], block))
-            return i + 1, {name: records[name].write(i, measures[name]) for name in records}
+            stopped = measures["skipped"] > 0 if not self.skip_not_finite else stopped
+            return i + 1, stopped, {name: records[name].write(i, measures[name]) for name in records}
 
-        _, records = tf.while_loop(lambda i, _: i < last, body, (first, records), parallel_iterations=1)
+        _, _, records = tf.while_loop(
+            lambda i, stopped, _: (i < last) & ~stopped, body, (first, False, records), parallel_iterations=1
+        )
         return {name: rows.stack() for name, rows in records.items()}
 
     def to_floating(self, episodes: Episode) -> Episode:

@@ -1,28 +1,37 @@
 """A run is a folder: its flags, checkpoints, TensorBoard events, figures and results."""
 
+import contextlib
+import hashlib
+import math
 import pathlib
+import shutil
+from collections.abc import Iterator
 
+import filelock
 import keras
 import tensorflow as tf
 
+from maml import event_files
+from maml.episodes import Episode
 from maml.learner import Maml
 from maml.results import csv_text, saved_iterations, validations, write_whole
-from maml.settings import Settings, UserError, as_flagfile, parse, read_flagfile
+from maml.settings import Failure, Settings, UserError, as_flagfile, parse, read_flagfile
 
 # Flags that may differ between a run and its continuation: they change how long and how it is
 # watched, not what is computed.
 FREE_FLAGS = {
     "metatrain_iterations", "log", "logdir", "resume", "train", "test_set", "test_num_query",
     "test_num_updates", "num_test_tasks", "transductive", "data_dir", "save_interval",
-    "tasks_per_chunk", "jit_compile", "deterministic",
+    "tasks_per_chunk", "jit_compile", "deterministic", "keep", "on_nan",
 }  # fmt: skip
 
 
 class Run:
     """The folder of one run.
 
-    Layout: `flags` (repeats the run with `--flagfile`), `checkpoints/model-ITERATION.*`,
-    `validation.csv`, `train/` and `validation/` (TensorBoard), `*.png`; and what `maml.results` writes.
+    Layout: `flags` (repeats the run with `--flagfile`), `data` (tells its episodes from others),
+    `checkpoints/model-ITERATION.*`, `validation.csv`, `train/` and `validation/` (TensorBoard), `*.png`,
+    `lock` (held by the process that trains); and what `maml.results` writes.
     """
 
     def __init__(self, settings: Settings, learner: Maml, *, chief: bool = True):
@@ -45,21 +54,32 @@ class Run:
         )
         self._manager: tf.train.CheckpointManager | None = None
         self._writers: dict[str, tf.summary.SummaryWriter] = {}
+        self._lock = filelock.FileLock(self.dir / "lock", timeout=0)  # a crash lets go of it too
 
-    def begin(self) -> None:
-        """Makes the folder ready for training, restoring the newest checkpoint if there is one.
+    def begin(self, first_episode: Episode) -> None:
+        """Makes the folder ready for training, restoring the newest checkpoint that is whole.
 
         A run that has gone further than the settings ask is taken back, in memory, to where they end.
+        Until `end` no other process can begin in it.
+
+        Args:
+            first_episode: of training; a run goes on only with the data it was begun with.
 
         Raises:
-            UserError: if the folder holds a run of other settings, or one not to be resumed.
+            UserError: if the folder holds a run of other settings or data, or one not to be resumed, or if
+                another process is training in it.
         """
-        there = saved_iterations(self.dir)
-        if there and not self.settings.resume:
+        begun = self.dir.is_dir() and {path.name for path in self.dir.iterdir()} - {"lock"}
+        if begun and not self.settings.resume:
+            there = saved_iterations(self.dir)
             raise UserError(
-                f"{self.dir} holds a run of {there[-1]} iterations, which --resume=False would overwrite. "
-                f"Delete the folder, choose another --logdir or --seed, or drop --resume=False."
+                f"{self.dir} holds a run of {there[-1] if there else 0} iterations, which --resume=False "
+                f"would overwrite. Delete the folder, choose another --logdir or --seed, or drop "
+                f"--resume=False."
             )
+        if self.chief:
+            self._claim()
+        there = saved_iterations(self.dir)
         if there:
             self._refuse_other_settings()
             if there[-1] > self.settings.iterations and self.settings.iterations not in there:
@@ -68,15 +88,55 @@ class Run:
                     f"{self.settings.iterations} asked for, and no checkpoint of that one. Found "
                     f"{', '.join(map(str, there))}: ask for one of them, or for more iterations."
                 )
+            self._restore_newest([i for i in there if i <= self.settings.iterations])
+        if self.chief:
+            with self._writing("begin"):
+                self._begin_files(first_episode, begun=bool(there))
+
+    def end(self) -> None:
+        """Lets other processes train in the folder."""
+        self._lock.release()
+
+    def _claim(self) -> None:
         try:
-            if self.chief:
-                self.dir.mkdir(parents=True, exist_ok=True)
-            if self.chief and (not there or there[-1] <= self.settings.iterations):
-                write_whole(self.dir / "flags", as_flagfile(self.settings))
+            self.dir.mkdir(parents=True, exist_ok=True)
+            self._lock.acquire()
+        except filelock.Timeout as error:
+            raise UserError(
+                f"{self.dir}: another process is training in it. Wait for its end, stop it, or choose "
+                f"another --logdir or --seed."
+            ) from error
         except OSError as error:
             raise UserError(f"--logdir: cannot write to {self.dir} ({error.strerror}).") from error
-        if there:
-            self._restore(min(there[-1], self.settings.iterations))
+
+    def _begin_files(self, first_episode: Episode, begun: bool) -> None:
+        digest = hashlib.sha256(b"".join(field.numpy().tobytes() for field in first_episode)).hexdigest()
+        data = self.dir / "data"
+        if begun and data.is_file() and data.read_text(encoding="utf-8").strip() != digest:
+            raise UserError(
+                f"{self.dir} was trained on other data than --data_dir={self.settings.data_dir} now holds: "
+                f"its first episode differs. Give the run's data, or another --logdir."
+            )
+        write_whole(data, digest + "\n")
+        iteration = int(self.iteration)
+        if max(saved_iterations(self.dir), default=0) <= self.settings.iterations:
+            write_whole(self.dir / "flags", as_flagfile(self.settings))
+            # What a killed process wrote after its last checkpoint comes again.
+            validated = {0, *validations(self.dir)}
+            event_files.keep(self.dir / "train", lambda step: step <= iteration)
+            event_files.keep(self.dir / "validation", lambda step: step <= iteration and step in validated)
+        for left in (self.dir / "checkpoints").glob("model-*_temp*"):
+            shutil.rmtree(left, ignore_errors=True)
+
+    def _restore_newest(self, there: list[int]) -> None:
+        for iteration in reversed(there):
+            try:
+                self._restore(iteration)
+                return
+            except UserError as error:
+                damaged = error
+                print(f"warning: {error} Going on from the one before.", flush=True)
+        raise UserError(f"{self.dir}: none of its checkpoints can be read; the oldest: {damaged}")
 
     def restore(self) -> None:
         """Restores the checkpoint to be tested: `test_iter`, or the newest or the best.
@@ -107,30 +167,69 @@ class Run:
         self._restore(asked)
 
     def save(self) -> None:
-        """Writes a checkpoint of the present iteration."""
+        """Writes a checkpoint of the present iteration.
+
+        Raises:
+            Failure: if that is not possible; the checkpoints before it are as they were.
+        """
         if not self.chief:
             return
+        iteration = int(self.iteration)
         if self._manager is None:
             self._manager = tf.train.CheckpointManager(
                 self._checkpoint, str(self.dir / "checkpoints"), max_to_keep=None, checkpoint_name="model"
             )
-        self._manager.save(checkpoint_number=int(self.iteration))
+        with self._writing(f"save iteration {iteration}"):
+            self._manager.save(checkpoint_number=iteration)
+
+    def prune(self) -> None:
+        """Deletes the checkpoints beyond `--keep`, but not the best at validation."""
+        if self.settings.keep is None or not self.chief:
+            return
+        there = saved_iterations(self.dir)
+        kept = {*there[-self.settings.keep :], *self._ranked(there)[:1]}
+        for iteration in sorted(set(there) - kept):
+            # The index first: without it there is no checkpoint, whole or half.
+            for path in sorted(self.dir.glob(f"checkpoints/model-{iteration}.*"), reverse=True):
+                path.unlink()
+
+    @contextlib.contextmanager
+    def _writing(self, what: str) -> Iterator[None]:
+        """Turns what goes wrong with the disk into a Failure that says what is left."""
+        try:
+            if what != "begin" and not (self.dir / "flags").is_file():
+                raise FileNotFoundError(2, "the folder was moved or deleted while the run was going on")
+            yield
+        except (OSError, tf.errors.OpError) as error:
+            there = saved_iterations(self.dir)
+            reason = error.strerror if isinstance(error, OSError) else str(error.message).splitlines()[0]
+            raise Failure(
+                f"{self.dir}: cannot {what} ({reason}). "
+                + (
+                    f"The last good checkpoint is iteration {there[-1]}"
+                    if there
+                    else "There is no checkpoint"
+                )
+                + "; once the folder can be written to, the same command goes on from there."
+            ) from error
 
     def record_validation(self, scalars: dict[str, float]) -> None:
         """Keeps what validation found at the present iteration, in TensorBoard and in `validation.csv`."""
         self.write_scalars("validation", scalars)
         rows = validations(self.dir) | {int(self.iteration): scalars}
         table = csv_text([{"iteration": iteration, **rows[iteration]} for iteration in sorted(rows)])
-        write_whole(self.dir / "validation.csv", table)
+        with self._writing("write validation.csv"):
+            write_whole(self.dir / "validation.csv", table)
 
     def write_scalars(self, writer: str, scalars: dict[str, float]) -> None:
         """Writes TensorBoard scalars at the present iteration to "train" or "validation"."""
         if not (self.settings.log and self.chief):
             return
-        with self._writer(writer).as_default(step=int(self.iteration)):
-            for tag, value in scalars.items():
-                tf.summary.scalar(tag, value)
-        self._writer(writer).flush()
+        with self._writing("write TensorBoard's events"):
+            with self._writer(writer).as_default(step=int(self.iteration)):
+                for tag, value in scalars.items():
+                    tf.summary.scalar(tag, value)
+            self._writer(writer).flush()
 
     def write_picture(self, writer: str, tag: str, png: pathlib.Path) -> None:
         """Shows a PNG file in TensorBoard."""
@@ -141,17 +240,26 @@ class Run:
         self._writer(writer).flush()
 
     def _best(self, among: list[int]) -> int:
-        """The iteration that did best at validation after `num_updates` steps; of equals, the latest."""
-        measure, sign = ("accuracy", 1) if self.settings.classification else ("loss", -1)
-        steps = min(self.settings.num_updates, self.settings.test_num_updates)
-        tag = f"{measure}/query_after_{steps}_steps"
-        found = {i: row[tag] for i, row in validations(self.dir).items() if i in among and tag in row}
-        if not found:
+        ranked = self._ranked(among)
+        if not ranked:
             raise UserError(
                 f"--checkpoint=best: {self.dir / 'validation.csv'} has no validation of its checkpoints "
-                f"({tag}). Test the newest, or another with --test_iter."
+                f"({self._judged_by()[0]}). Test the newest, or another with --test_iter."
             )
-        return max(found, key=lambda iteration: (sign * found[iteration], iteration))
+        return ranked[0]
+
+    def _ranked(self, among: list[int]) -> list[int]:
+        """Those that were validated, the best first; of equals, the latest."""
+        tag, sign = self._judged_by()
+        rows = validations(self.dir)
+        found = {i: rows[i][tag] for i in among if math.isfinite(rows.get(i, {}).get(tag, math.nan))}
+        return sorted(found, key=lambda iteration: (sign * found[iteration], iteration), reverse=True)
+
+    def _judged_by(self) -> tuple[str, int]:
+        """The TensorBoard tag of validation after `num_updates` steps; 1 if more of it is better, else −1."""
+        measure, sign = ("accuracy", 1) if self.settings.classification else ("loss", -1)
+        steps = min(self.settings.num_updates, self.settings.test_num_updates)
+        return f"{measure}/query_after_{steps}_steps", sign
 
     def begin_from(self, network: keras.Model) -> None:
         """Gives the network the weights that `init_from` names.

@@ -20,11 +20,19 @@ FLAGS = flags.FLAGS
 DATASOURCES = ("sinusoid", "omniglot", "miniimagenet", "folder")
 NORMS = ("batch_norm", "layer_norm", "None")
 CHECKPOINTS = ("newest", "best")
+ON_NAN = ("stop", "skip")
 RANDOM = "random"
 
 
 class UserError(Exception):
     """A mistake the user can mend; its text is the whole message (exit code 2, no traceback)."""
+
+
+class Failure(Exception):
+    """What ends a run on its way though nothing was asked wrongly: a full disk, numbers that are none.
+
+    Its text is the whole message (exit code 1, no traceback).
+    """
 
 
 def _define_flags(values: flags.FlagValues) -> None:
@@ -133,6 +141,18 @@ def _define_flags(values: flags.FlagValues) -> None:
         "the same result bit for bit on a GPU too, at some cost in speed (on a CPU it is so anyway)",
     )
     integer("save_interval", 1000, "iterations between checkpoints (and validations)", lower_bound=1)
+    integer(
+        "keep",
+        None,
+        "newest checkpoints to keep, beside the best at validation [chosen: all]",
+        lower_bound=2,
+    )
+    enum(
+        "on_nan",
+        "stop",
+        ON_NAN,
+        "where a loss or the meta-gradient is not finite: stop and say in which episode, or skip the update",
+    )
     for name in ("meta_lr", "update_lr", "train_update_lr"):
         message = f"--{name} needs a finite number"
         flags.register_validator(name, math.isfinite, message, flag_values=values)
@@ -184,6 +204,8 @@ class Settings:
     skip_bad_images: bool
     seed: int
     save_interval: int
+    keep: int | None
+    on_nan: str
     tasks_per_chunk: int | None
     mixed_precision: bool
     jit_compile: bool | None

@@ -9,12 +9,14 @@ import tensorflow as tf
 from tqdm import tqdm
 
 from maml.build import test_spec, train_spec
-from maml.episodes import EpisodeSource, stream_blocks
+from maml.command import put_off_interruption
+from maml.diagnosis import not_finite
+from maml.episodes import Episode, EpisodeSource, stream_blocks
 from maml.evaluate import measure_tasks
 from maml.learner import Maml
 from maml.results import validations
 from maml.run import Run
-from maml.settings import Settings, UserError
+from maml.settings import Failure, Settings, UserError
 
 LOG_INTERVAL = 100  # iterations per point of the training curves (means over them)
 VALIDATION_TASKS = 100
@@ -24,7 +26,11 @@ PLAIN_LINE_SECONDS = 10.0  # between progress lines where the output is not a te
 def train(settings: Settings, learner: Maml, data: EpisodeSource, run: Run) -> None:
     """Trains from the run's present iteration to the last, saving every `save_interval`.
 
-    The run must have been begun (`Run.begin`). Checks the data before the first iteration.
+    The run must have been begun (`Run.begin`). Checks the data before the first iteration. Ctrl-C and
+    SIGTERM end it after the iteration at hand, saved, with KeyboardInterrupt.
+
+    Raises:
+        Failure: if the folder cannot be written to, or a loss or the meta-gradient is not finite.
     """
     spec = train_spec(settings)
     data.check(spec, "train")
@@ -32,56 +38,83 @@ def train(settings: Settings, learner: Maml, data: EpisodeSource, run: Run) -> N
     # A short iteration is not worth a Python call: the batched learner runs a hundred per call.
     block_length = LOG_INTERVAL if learner.tasks.vectorize else 1
     iteration = first_iteration = int(run.iteration)
-    blocks = stream_blocks(
-        data,
-        spec,
-        "train",
-        meta_batch=settings.meta_batch_size,
-        block=block_length,
-        start=iteration // block_length,
-    )
-    if validating and iteration and iteration not in validations(run.dir):
+    blocks = _Blocks(settings, data, block_length, iteration)
+    missed = validating and iteration and iteration not in validations(run.dir)
+    if missed and _is_due(iteration, settings):
         _validate(settings, learner, data, run)  # the run was stopped between saving and validating
-    window: dict[str, list[np.ndarray]] = collections.defaultdict(list)
+    window = _Window(learner)
     progress = _Progress(iteration, settings.iterations)
-    block_number, block = -1, None
-    begun, waited = time.monotonic(), 0.0
-    while iteration < settings.iterations:
-        if iteration // block_length != block_number:
-            asked = time.monotonic()
-            block_number, block = iteration // block_length, next(blocks)
-            waited += time.monotonic() - asked
-        pretraining = iteration < settings.pretrain_iterations
-        step = learner.pretrain_block if pretraining else learner.metatrain_block
-        stop = min(
-            (block_number + 1) * block_length,
-            settings.pretrain_iterations if pretraining else settings.iterations,
-            _next_multiple(iteration, settings.save_interval),
-            _next_multiple(iteration, LOG_INTERVAL),
-        )
-        rows = slice(iteration % block_length, iteration % block_length + stop - iteration)
-        measures = step(block, tf.constant(rows.start), tf.constant(rows.stop))
-        for name, values in measures.items():
-            window[name].append(values.numpy()[rows])
-        progress.advance(stop - iteration, measures, rows.stop - 1)
-        iteration = stop
-        run.iteration.assign(iteration)
-
-        saving = iteration % settings.save_interval == 0 or iteration == settings.iterations
-        phase_ends = iteration == settings.pretrain_iterations
-        if saving or phase_ends or iteration % LOG_INTERVAL == 0:
-            run.write_scalars("train", _scalars(window, learner, pretraining, progress.rate()))
-            window.clear()
-        if saving:
-            run.save()
-            if validating:
-                progress.say(_validate(settings, learner, data, run))
+    with put_off_interruption() as interruption:
+        while iteration < settings.iterations:
+            pretraining = iteration < settings.pretrain_iterations
+            step = learner.pretrain_block if pretraining else learner.metatrain_block
+            block, first = blocks.holding(iteration)
+            end = min(
+                iteration - first + block_length,
+                settings.pretrain_iterations if pretraining else settings.iterations,
+                _next_multiple(iteration, settings.save_interval),
+                _next_multiple(iteration, LOG_INTERVAL),
+            )
+            rows = slice(first, first + end - iteration)
+            measures = step(block, tf.constant(rows.start), tf.constant(rows.stop))
+            done = window.add(measures, rows, settings.on_nan == "skip")
+            iteration += done
+            run.iteration.assign(iteration)
+            if iteration < end:
+                run.save()
+                episodes = tf.nest.map_structure(lambda field, row=first + done: field[row], block)
+                raise Failure(not_finite(learner, episodes, run, pretraining))
+            progress.advance(done, measures, rows.stop - 1)
+            stopping = interruption.signal is not None  # a signal from here on is for the next iteration
+            saving = stopping or _is_due(iteration, settings)
+            if saving or iteration % LOG_INTERVAL == 0 or iteration == settings.pretrain_iterations:
+                run.write_scalars("train", window.scalars(pretraining, progress.rate()))
+            if saving:
+                run.save()
+            if _is_due(iteration, settings):
+                if validating:
+                    progress.say(_validate(settings, learner, data, run))
+                run.prune()
+            if stopping:
+                break
     progress.close()
+    interruption.answer(
+        f"stopped at iteration {iteration} of {settings.iterations}, which is saved in {run.dir}; the same "
+        f"command goes on from there"
+    )
     if not settings.iterations:
         run.save()  # weights of another run, to be tested as they are
     if iteration > first_iteration:
-        share = waited / (time.monotonic() - begun)
-        print(f"training waited for data {share:.2%} of the time", flush=True)
+        print(f"training waited for data {blocks.waited / progress.seconds():.2%} of the time", flush=True)
+
+
+def _is_due(iteration: int, settings: Settings) -> bool:
+    """Whether an iteration is saved and validated, without being interrupted."""
+    return iteration % settings.save_interval == 0 or iteration == settings.iterations
+
+
+class _Blocks:
+    """The stream of blocks of meta-batches, and how long training waited for them."""
+
+    def __init__(self, settings: Settings, data: EpisodeSource, length: int, iteration: int):
+        self._length, self._number, self._block = length, -1, None
+        self._stream = stream_blocks(
+            data,
+            train_spec(settings),
+            "train",
+            meta_batch=settings.meta_batch_size,
+            block=length,
+            start=iteration // length,
+        )
+        self.waited = 0.0
+
+    def holding(self, iteration: int) -> tuple[Episode, int]:
+        """The block that holds an iteration's meta-batch, and its row; iterations only go up."""
+        if iteration // self._length != self._number:
+            asked = time.monotonic()
+            self._number, self._block = iteration // self._length, next(self._stream)
+            self.waited += time.monotonic() - asked
+        return self._block, iteration % self._length
 
 
 def _can_validate(data: EpisodeSource, settings: Settings) -> bool:
@@ -98,24 +131,47 @@ def _next_multiple(iteration: int, interval: int) -> int:
     return (iteration // interval + 1) * interval
 
 
-def _scalars(
-    window: dict[str, list[np.ndarray]], learner: Maml, pretraining: bool, rate: float
-) -> dict[str, float]:
-    """Means over the window, under tags that say which set and how many inner steps."""
-    means = {name: np.concatenate(rows).mean(axis=0) for name, rows in window.items()}
-    optimizer = learner.pretrain_optimizer if pretraining else learner.meta_optimizer
-    scalars = {
-        "optimisation/gradient_norm": float(means.pop("gradient_norm")),
-        "optimisation/meta_lr": float(optimizer.learning_rate.numpy()),
-        "optimisation/iterations_per_second": rate,
-    }
-    for name, mean in means.items():
-        part, measure = name.split("_")
-        if part == "query":
-            scalars[f"{measure}/query_after_{learner.inner_steps}_steps"] = float(mean)
-        else:
-            scalars |= {f"{measure}/support_after_{j}_steps": float(value) for j, value in enumerate(mean)}
-    return scalars
+class _Window:
+    """What was measured since the last point of the training curves."""
+
+    def __init__(self, learner: Maml):
+        self._learner = learner
+        self._rows: dict[str, list[np.ndarray]] = collections.defaultdict(list)
+
+    def add(self, measures: dict[str, tf.Tensor], rows: slice, skip: bool) -> int:
+        """Takes in some rows of a block; returns how many: all or, unless `skip`, those before a NaN."""
+        found = {name: values.numpy()[rows] for name, values in measures.items()}
+        skipped = found["skipped"] > 0
+        count = len(skipped) if skip or not skipped.any() else int(skipped.argmax())
+        for name, values in found.items():
+            self._rows[name].append(values[:count])
+        return count
+
+    def scalars(self, pretraining: bool, rate: float) -> dict[str, float]:
+        """Means over the window, under tags that say which set and how many inner steps; empties it."""
+        rows = {name: np.concatenate(parts) for name, parts in self._rows.items()}
+        self._rows.clear()
+        taken = rows["skipped"] == 0
+        learner = self._learner
+        optimizer = learner.pretrain_optimizer if pretraining else learner.meta_optimizer
+        scalars = {
+            "optimisation/meta_lr": float(optimizer.learning_rate.numpy()),
+            "optimisation/iterations_per_second": rate,
+            "optimisation/skipped_updates": float((~taken).sum()),
+        }
+        if not taken.any():
+            return scalars
+        means = {name: values[taken].mean(axis=0) for name, values in rows.items() if name != "skipped"}
+        scalars["optimisation/gradient_norm"] = float(means.pop("gradient_norm"))
+        for name, mean in means.items():
+            part, measure = name.split("_")
+            if part == "query":
+                scalars[f"{measure}/query_after_{learner.inner_steps}_steps"] = float(mean)
+            else:
+                scalars |= {
+                    f"{measure}/support_after_{j}_steps": float(value) for j, value in enumerate(mean)
+                }
+        return scalars
 
 
 def _validate(settings: Settings, learner: Maml, data: EpisodeSource, run: Run) -> str:
@@ -135,6 +191,7 @@ def _validate(settings: Settings, learner: Maml, data: EpisodeSource, run: Run) 
         for measure, values in measures.items():
             for j, mean in enumerate(values.mean(axis=0)):
                 scalars[f"{measure}/{part}_after_{j}_steps"] = float(mean)
+    scalars["optimisation/diverged_tasks"] = float(result.diverged)
     run.record_validation(scalars)
     means = result.query[result.measure].mean(axis=0)
     unit = (lambda v: f"{100 * v:.1f} %") if result.measure == "accuracy" else (lambda v: f"{v:.3f}")
@@ -197,6 +254,10 @@ class _Progress:
         rate = (self._done - self._rate_from) / max(now - self._last_rate, 1e-9)
         self._last_rate, self._rate_from = now, self._done
         return rate
+
+    def seconds(self) -> float:
+        """Since the beginning."""
+        return time.monotonic() - self._start
 
     def say(self, line: str) -> None:
         if self._bar.disable:
