@@ -134,20 +134,26 @@ class Timed(NamedTuple):
 
 
 def ours(settings: Settings) -> Timed:
-    """Our learner as `maml.train` drives it: the same threads, and as many iterations per call."""
+    """Our learner as `maml.train` drives it, with the same threads."""
     threads = devices.use(settings).description
+    timed = blocks(settings)
+    return timed._replace(report=timed.report | {"threads": threads})
+
+
+def blocks(settings: Settings) -> Timed:
+    """Our learner as `maml.train` drives it: as many iterations per call."""
     network, episodes = _begin(settings)
     learner = build.build_learner(settings, network)
     length = LOG_INTERVAL if learner.tasks.vectorize else 1
-    blocks = _cycle(episodes, lambda field, i: field[i : i + length], step=length)
+    parts = _cycle(episodes, lambda field, i: field[i : i + length], step=length)
     bounds = tf.constant(0), tf.constant(length)
 
     def call() -> dict[str, float]:
-        measures = learner.metatrain_block(next(blocks), *bounds)
+        measures = learner.metatrain_block(next(parts), *bounds)
         support, query = measures["support_loss"].numpy(), measures["query_loss"].numpy()
         return {"support_loss": float(support[0, 0]), "query_loss": float(query[0])}
 
-    return Timed(call, length, {"threads": threads, "matmul_flops": matmul_flops(network, settings)})
+    return Timed(call, length, {"matmul_flops": matmul_flops(network, settings)})
 
 
 def loop(settings: Settings) -> Timed:

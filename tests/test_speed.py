@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from benchmarks import speed
+from benchmarks import speed, speed_worker
 from benchmarks.plain_loop import PlainLoop
 from benchmarks.speed import WORKLOADS, workload_settings
 from benchmarks.speed_worker import agreement, input_shape, matmul_flops, random_episodes
@@ -261,3 +261,23 @@ def test_a_workload_is_the_paper_s(workload, order):
         settings.num_updates, settings.num_filters,
     )  # fmt: skip
     assert found == expected and settings.stop_grad == (order == 1) and settings.seed == 5
+
+
+LONG = [pytest.mark.long]
+
+
+@pytest.mark.parametrize("order", [2, 1])
+@pytest.mark.parametrize(
+    "workload", [pytest.param(name, marks=[] if name == "sinusoid" else LONG) for name in WORKLOADS]
+)
+def test_speed_of_a_call(benchmark, workload, order):
+    """Not timed in the gate; to see whether a change made us slower, on a quiet machine, before and after:
+
+    python -m pytest tests/test_speed.py -k speed_of -m "" --benchmark-enable --benchmark-autosave
+    pytest-benchmark compare
+    """
+    timed = speed_worker.blocks(workload_settings(workload, order))
+    timed.call()
+    losses = benchmark(timed.call)
+    benchmark.extra_info["iterations"] = timed.iterations
+    assert all(np.isfinite(loss) for loss in losses.values())

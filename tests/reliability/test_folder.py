@@ -125,13 +125,13 @@ def test_a_folder_that_is_removed_under_way_ends_training(tmp_path):
     training = Training(tmp_path).begin()
     training.to(10)
     shutil.rmtree(training.run.dir)
-    with pytest.raises(Failure, match="cannot save iteration 20 .the folder was moved or deleted"):
+    with pytest.raises(Failure, match=r"cannot save iteration 20 .the folder was moved or deleted"):
         training.to(20)
 
 
 def test_a_place_that_cannot_be_written_to_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="--logdir: cannot write to .*Not a directory"):
+    with pytest.raises(UserError, match=r"--logdir: cannot write to .*Not a directory"):
         Training(tmp_path / "file").begin()
 
 

@@ -55,7 +55,7 @@ def stopped_by(number: int, process: subprocess.Popen) -> tuple[int, str]:
 
 
 def curves(folder: pathlib.Path) -> dict[str, list]:
-    """The points of TensorBoard's curves in the order of writing: {tag: [(step, value)]}; of rates, the steps."""
+    """The points of TensorBoard's curves as written: {tag: [(step, value)]}; of rates only the steps."""
     found: dict[str, list] = {}
     for path in sorted(folder.iterdir()):
         for event in tf.compat.v1.train.summary_iterator(str(path)):
