@@ -35,6 +35,8 @@ setuptools.setup(
         "tensorflow-datasets>=4.9.7",
         "tqdm>=4.66",
     ],
-    extras_require={"test": ["hypothesis>=6", "pytest>=8", "pytest-benchmark>=5", "pytest-xdist>=3", "ruff==0.17.5"]},
+    extras_require={
+        "test": ["hypothesis>=6", "pytest>=8", "pytest-benchmark>=5", "pytest-xdist>=3", "ruff==0.17.5"]
+    },
     entry_points={"console_scripts": ["maml=maml.cli:run"]},
 )
