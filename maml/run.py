@@ -11,7 +11,7 @@ import filelock
 import keras
 import tensorflow as tf
 
-from maml import event_files
+from maml import event_files, original
 from maml.episodes import Episode
 from maml.learner import Maml
 from maml.results import csv_text, saved_iterations, validations, write_whole
@@ -273,6 +273,9 @@ class Run:
             if not there:
                 raise UserError(f"--init_from={path}: no checkpoint in it (checkpoints/model-*.index).")
             path = path / "checkpoints" / f"model-{there[-1]}"
+        if original.is_original(path):
+            original.load(network, path)
+            return
         status = _restored(tf.train.Checkpoint(network=network), path, "Give another --init_from")
         status.expect_partial()
 

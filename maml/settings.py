@@ -100,8 +100,8 @@ def _define_flags(values: flags.FlagValues) -> None:
     string(
         "init_from",
         None,
-        "run folder (its newest checkpoint) or checkpoint whose weights to begin with; 'random' for fresh "
-        "ones, to test them with --metatrain_iterations=0",
+        "run folder (its newest checkpoint) or checkpoint, the original's too, whose weights to begin with; "
+        "'random' for fresh ones, to test them with --metatrain_iterations=0",
     )
     string(
         "data_dir",
