@@ -56,9 +56,8 @@ def test_another_network_is_refused_with_the_differences(published, flag, messag
 def test_fully_connected_ones_are_read_by_the_order_of_their_making(tmp_path):
     """As `tests/parity.py` names what the original's 1-40-40-1 network holds."""
     shapes = [(1, 40), (40,), (40, 40), (40,), (40, 1), (1,)]
-    values = [
-        np.random.default_rng(i).normal(size=shape).astype(np.float32) for i, shape in enumerate(shapes)
-    ]
+    random = np.random.default_rng(0)
+    values = [random.normal(size=shape).astype(np.float32) for shape in shapes]
     with tf.compat.v1.Graph().as_default(), tf.compat.v1.Session() as session:
         names = ["Variable", *(f"Variable_{i}" for i in range(1, 6))]
         made = [
