@@ -33,7 +33,8 @@ def test_validations_are_kept_as_shown_in_tensorboard(run):
     rows = results.validations(run)
     assert list(rows) == [100, 200, 300]
     steps = range(11)
-    assert set(rows[100]) == {f"loss/{part}_after_{j}_steps" for part in ("support", "query") for j in steps}
+    losses = {f"loss/{part}_after_{j}_steps" for part in ("support", "query") for j in steps}
+    assert set(rows[100]) == losses | {"optimisation/diverged_tasks"}
     assert all(np.isfinite(list(row.values())).all() for row in rows.values())
 
 

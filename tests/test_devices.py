@@ -203,10 +203,9 @@ def test_two_processes_train_like_one_and_leave_one_run_folder(tmp_path):
     said, _ = ended(chief)
     assert "2 processes" in said and "query" in said
     assert ended(other)[0] == ""
-    files = {"checkpoints", "train", "validation", "flags", "results.json", "validation.csv", "fits.png"}
-    assert {path.name for path in (tmp_path / "two" / name).iterdir()} == files | {
-        "test_ubs5_stepsize0.001.csv"
-    }
+    files = {"checkpoints", "train", "validation", "flags", "data", "lock", "results.json", "fits.png"}
+    files |= {"validation.csv", "test_ubs5_stepsize0.001.csv"}
+    assert {path.name for path in (tmp_path / "two" / name).iterdir()} == files
     ended(train("one", 20))
     for one, two in zip(weights("one", 20), weights("two", 20), strict=True):
         np.testing.assert_allclose(two, one, rtol=0, atol=1e-6)  # 20 steps of 1e-3, in float32
