@@ -257,9 +257,16 @@ def slope(function, x: np.ndarray, direction: np.ndarray) -> float:
     return function(x + 1e-30j * direction).imag / 1e-30
 
 
+@pytest.fixture(params=["plain", "compiled"])
+def every_rule(request, monkeypatch):
+    """Small maps take the plain rules, large ones the compiled; here both are small."""
+    if request.param == "compiled":
+        monkeypatch.setattr(networks, "LARGE_MAP", 1)
+
+
 @pytest.mark.parametrize("axis", [0, 1])
 @pytest.mark.parametrize("epsilon", [1e-3, 1e-12])
-def test_standardise_has_the_right_first_and_second_derivatives(axis, epsilon):
+def test_standardise_has_the_right_first_and_second_derivatives(axis, epsilon, every_rule):
     rng = np.random.default_rng(axis)
     x, weight, direction, other = rng.normal(size=(4, 5, 7))
 
@@ -290,8 +297,81 @@ def test_standardise_has_the_right_first_and_second_derivatives(axis, epsilon):
         assert float(tf.reduce_sum(hessian_row * sideways)) == pytest.approx(curvature, rel=1e-7)
 
 
-def test_standardise_does_not_lose_the_variance_behind_a_large_mean():
+@pytest.mark.parametrize("axis", [0, 1])
+def test_standardise_has_derivatives_of_any_order(axis, every_rule):
+    """The third, against that of the definition as TensorFlow derives it."""
+    x, weight = tf.constant(np.random.default_rng(axis).normal(size=(2, 6, 5)))
+
+    def definition(x: tf.Tensor, axis: int, epsilon: float) -> tf.Tensor:
+        centred = x - tf.reduce_mean(x, axis, keepdims=True)
+        return centred * tf.math.rsqrt(tf.reduce_mean(centred**2, axis, keepdims=True) + epsilon)
+
+    def third(function) -> tf.Tensor:
+        def derivative(score):
+            def of(x):
+                with tf.GradientTape() as tape:
+                    tape.watch(x)
+                    value = tf.reduce_sum(tf.sin(weight * score(x)))
+                return tape.gradient(value, x)
+
+            return of
+
+        return derivative(derivative(derivative(lambda x: function(x, axis, 1e-3))))(x)
+
+    np.testing.assert_allclose(third(standardise), third(definition), rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("channels", [4, 32], ids=["plain", "compiled"])
+def test_standardise_does_not_lose_the_variance_behind_a_large_mean(channels):
     rng = np.random.default_rng(0)
-    x = (rng.normal(size=(35_280, 4)) + 100).astype(np.float32)
+    x = (rng.normal(size=(35_280, channels)) + 100).astype(np.float32)
+    assert (x.size >= networks.LARGE_MAP) == (channels == 32)
     error = standardise(tf.constant(x), 0, 1e-3).numpy() - reference(x.astype(np.float64), 0, 1e-3)
     assert np.abs(error).max() < 1.5e-3  # mean(x²) − mean(x)² would be off by several times that
+
+
+def test_the_means_of_large_maps_keep_the_digits_of_float32():
+    """XLA would join a sum of sums to a long one, which does not."""
+    x = np.maximum(np.random.default_rng(0).normal(size=(35_280, 32)), 0).astype(np.float32) + 0.5
+    found = tf.function(networks._mean_in_blocks, jit_compile=True)(tf.constant(x), 0).numpy()
+    np.testing.assert_allclose(found, x.mean(0, dtype=np.float64, keepdims=True), rtol=1e-6)
+
+
+# --- Pooling ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("side", [6, 5])
+def test_pooling_is_keras_in_value_and_both_derivatives(side):
+    """The odd row and column are left out, as VALID padding has it."""
+    rng = np.random.default_rng(side)
+    x, direction = (tf.constant(rng.normal(size=(2, side, side, 3))) for _ in range(2))
+    weight = tf.constant(rng.normal(size=(2, side // 2, side // 2, 3)))
+
+    def derivatives(pool) -> list[tf.Tensor]:
+        with tf.GradientTape() as outer:
+            outer.watch(x)
+            with tf.GradientTape() as inner:
+                inner.watch(x)
+                y = pool(x)
+                value = tf.reduce_sum(weight * tf.sin(y))
+            gradient = inner.gradient(value, x)
+            along = tf.reduce_sum(gradient * direction)
+        return [y, gradient, outer.gradient(along, x)]
+
+    ours = derivatives(networks.MaxPool(dtype="float64"))
+    keras_own = derivatives(keras.layers.MaxPooling2D(2, dtype="float64"))
+    assert float(tf.norm(keras_own[2])) > 0.1
+    for found, needed in zip(ours, keras_own, strict=True):
+        np.testing.assert_allclose(found, needed, rtol=1e-12, atol=1e-14)
+
+
+def test_pooling_before_the_relu_is_pooling_after_it():
+    x = tf.constant(np.random.default_rng(0).normal(size=(3, 8, 8, 2)))
+    pool, gradients = networks.MaxPool(dtype="float64"), []
+    for both in (lambda x: tf.nn.relu(pool(x)), lambda x: pool(tf.nn.relu(x))):
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            value = tf.reduce_sum(tf.exp(both(x)))
+        gradients.append((both(x), tape.gradient(value, x)))
+    for before, after in zip(*gradients, strict=True):
+        np.testing.assert_array_equal(before, after)
