@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 
+import filelock
 import pytest
 import tensorflow as tf
 
@@ -18,9 +19,9 @@ ITERATIONS = 4000
 FLAGS = ("--update_batch_size=5", "--num_test_tasks=4", "--save_interval=50", "--test_num_updates=3")
 
 
-def started(logdir: pathlib.Path, *flags: str) -> subprocess.Popen:
-    """`main.py` on its way."""
-    command = [sys.executable, str(ROOT / "main.py"), f"--logdir={logdir}", *flags]
+def started(logdir: pathlib.Path, *flags: str, program: tuple[str, ...] = ("main.py",)) -> subprocess.Popen:
+    """A program on its way."""
+    command = [sys.executable, *program, f"--logdir={logdir}", *flags]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen(command, cwd=ROOT, **pipes)
 
@@ -116,6 +117,16 @@ def test_ctrl_c_sigterm_and_sigkill_cost_nothing(straight, tmp_path):
     done = maml(tmp_path, *flags)
     assert "resumed from iteration" in done.stdout
     assert_same_run(run, straight, interrupted_at - set(range(0, ITERATIONS, 50)))
+
+
+def test_sigterm_to_a_reproduction_stops_the_run_under_it(tmp_path):
+    program = ("-m", "maml.reproduce", "sinusoid_5shot", f"--results_dir={tmp_path / 'results'}")
+    process = started(tmp_path, "--save_interval=50", program=program)
+    wait_for(lambda: any(tmp_path.glob(f"{SINUSOID}*/checkpoints/*.index")), process)
+    code, said = stopped_by(signal.SIGTERM, process)
+    assert code == 143 and "stopped at iteration" in said
+    (run,) = tmp_path.glob(f"{SINUSOID}*")
+    filelock.FileLock(run / "lock", timeout=0).acquire()  # nobody trains in it any more
 
 
 @pytest.mark.long
