@@ -92,7 +92,7 @@ LARGEST = {1: 1e-3, 10: 1e-2, 100: 1.0}
 def weights(run: pathlib.Path, iteration: int) -> np.ndarray:
     """All weights of the network in a checkpoint, in one row of float64."""
     state = checkpoint(run, iteration)
-    rows = [state[name].ravel() for name in sorted(state) if name.startswith("network/")]
+    rows = [state[name].ravel() for name in sorted(state) if name.startswith("meta_optimizer/_trainable")]
     return np.concatenate(rows).astype(np.float64)
 
 
