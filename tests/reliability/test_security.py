@@ -38,8 +38,8 @@ FORBIDDEN_KEYWORDS = {"shell", "allow_pickle", "safe_mode"}
 FORBIDDEN_MODULES = {"marshal", "shelve", "dill", "cloudpickle", "joblib", "yaml", "pickle"}
 FORBIDDEN_CALLS = [
     "os.system", "os.popen", "os.exec*", "os.spawn*", "os.posix_spawn*", "subprocess.get*output",
-    "pickle.load*", "pickle.Unpickler", "yaml.*load", "tempfile.mktemp", "shutil.unpack_archive", "*.extract", "*.extractall",
-    "*.load_model", "*.enable_unsafe_deserialization",
+    "pickle.load*", "pickle.Unpickler", "yaml.*load", "tempfile.mktemp", "shutil.unpack_archive",
+    "*.extract", "*.extractall", "*.load_model", "*.enable_unsafe_deserialization",
 ]  # fmt: skip
 
 
