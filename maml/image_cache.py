@@ -16,6 +16,7 @@ import os
 import pathlib
 import re
 import shutil
+import stat
 import sys
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -101,6 +102,7 @@ def cached(
     """
     if not isinstance(source, ImageSource):
         source = source()
+    _refuse_open_to_all(cache_dir())
     folder = cache_dir() / _key(source, decode, shape, order_by_pixels)
     build = functools.partial(
         _build,
@@ -127,6 +129,15 @@ def cache_dir() -> pathlib.Path:
     if os.environ.get("MAML_CACHE_DIR"):
         return pathlib.Path(os.environ["MAML_CACHE_DIR"])
     return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "maml"
+
+
+def _refuse_open_to_all(folder: pathlib.Path) -> None:
+    """Raises UserError if anybody may put images into the cache, where they are taken as they are."""
+    if folder.is_dir() and folder.stat().st_mode & stat.S_IWOTH:
+        raise UserError(
+            f"MAML_CACHE_DIR: found {folder}, to which every user of this machine can write; needed one that "
+            f"others cannot change. Name a new folder in it, as {folder / 'maml'}."
+        )
 
 
 def _key(source: ImageSource, decode: Decode, shape: tuple[int, ...], order_by_pixels: bool) -> str:
@@ -193,7 +204,8 @@ def _some(items: list[str]) -> str:
 
 
 def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    # Names of files are in it, and whoever packed an archive may have put anything into those.
+    print("".join(c if c.isprintable() else "?" for c in text), file=sys.stderr, flush=True)
 
 
 # --- Building -----------------------------------------------------------------------------------------
@@ -209,7 +221,8 @@ def _build_alone(
     _check(source)
     temporary = folder.with_name(folder.name + ".new")
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
+        # Private: what is in it may be nobody else's business, and nobody else's to change.
+        folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         with _lock(folder.with_name(folder.name + ".lock"), source.name):
             if folder.is_dir():
                 try:
@@ -238,7 +251,9 @@ def _build_alone(
 @contextlib.contextmanager
 def _lock(path: pathlib.Path, name: str) -> Iterator[None]:
     """Holds the file's lock, which the system lets go of if we die; waits for whoever holds it."""
-    with path.open("w") as file:
+    # Neither truncated nor followed: should it be a link, then not one of ours.
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
+    with open(path, "r+", opener=lambda name, _: os.open(name, flags, 0o666)) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
