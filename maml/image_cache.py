@@ -126,7 +126,12 @@ def cache_dir() -> pathlib.Path:
     """$MAML_CACHE_DIR, or `maml` in the user's cache folder."""
     if os.environ.get("MAML_CACHE_DIR"):
         return pathlib.Path(os.environ["MAML_CACHE_DIR"])
-    return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "maml"
+    try:
+        return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "maml"
+    except RuntimeError as error:
+        raise UserError(
+            "no place for the image cache: found no home folder, needed one. Set MAML_CACHE_DIR to a folder."
+        ) from error
 
 
 def _key(source: ImageSource, decode: Decode, shape: tuple[int, ...], order_by_pixels: bool) -> str:
@@ -183,7 +188,7 @@ def _report(name: str, index: dict, skip_bad_images: bool) -> None:
 def _bad_images(name: str, bad: list[str]) -> UserError:
     return UserError(
         f"{name}: {len(bad)} {'image' if len(bad) == 1 else 'images'} cannot be read: {_some(bad)}. "
-        f"Replace them, or leave them out with --skip_bad_images."
+        f"Needed all: replace them, or leave them out with --skip_bad_images."
     )
 
 
@@ -230,8 +235,8 @@ def _build_alone(
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise _no_space(source.name, folder.parent, _bytes(source, shape)) from error
         raise UserError(
-            f"cannot write the image cache {folder.parent} ({error.strerror or error}). "
-            f"Set MAML_CACHE_DIR to a folder that can be written."
+            f"cannot write the image cache {folder.parent} ({error.strerror or error}), needed for decoded "
+            f"images. Set MAML_CACHE_DIR to a folder that can be written."
         ) from error
 
 
@@ -282,7 +287,7 @@ def _build(
                         raise UserError(
                             f"{source.name}: class {name} has no readable image, but "
                             f"{len(bad) - problems} bad ones: {_some(bad[problems:])}. "
-                            f"Replace them, or remove the class."
+                            f"Needed one at least: replace them, or remove the class."
                         )
                     pixels = b"".join(sorted(images) if order_by_pixels else images)
                     out.write(pixels)
@@ -352,7 +357,8 @@ def _check(source: ImageSource) -> None:
         for name, files in classes.items():
             if not files:
                 raise UserError(
-                    f"{source.name}: class {name} of {split} holds no images. Fill its folder, or remove it."
+                    f"{source.name}: class {name} of {split} holds no images, needed some. Fill its folder, "
+                    f"or remove it."
                 )
             if home.setdefault(name, split) != split:
                 raise UserError(

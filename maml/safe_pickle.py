@@ -9,6 +9,7 @@ file says.
 import pathlib
 import pickle
 import re
+import struct
 from collections.abc import Callable
 from typing import Any
 
@@ -33,17 +34,19 @@ def load(path: pathlib.Path) -> Any:
     """
     try:
         with path.open("rb") as file:
-            return _plain(_Unpickler(file, encoding="bytes").load())
+            return _plain(_Unpickler(file, encoding="bytes").load(), {})
     except Refused as error:
         raise UserError(
             f"{path}: found {error}, needed arrays of numbers and plain containers only. A pickle can run "
             f"any code, so it was not loaded. Get the file from a source that you trust."
         ) from error
     except OSError as error:
-        raise UserError(f"{path}: unreadable ({error.strerror or error}).") from error
+        raise UserError(
+            f"{path}: unreadable ({error.strerror or error}), needed a pickle. Check the path and the rights."
+        ) from error
     except Exception as error:  # a damaged pickle can fail anywhere in any way
         raise UserError(
-            f"{path}: not a whole pickle ({type(error).__name__}: {error}). Fetch the file again."
+            f"{path}: not a whole pickle ({type(error).__name__}: {error}), needed one. Fetch the file again."
         ) from error
 
 
@@ -134,7 +137,18 @@ _ALLOWED = {
 }
 
 
-class _Unpickler(pickle.Unpickler):
+class _Unpickler(pickle._Unpickler):
+    """The one written in Python: that in C reserves, and fills, as much memory as a damaged file claims."""
+
+    dispatch = dict(pickle._Unpickler.dispatch)  # noqa: RUF012
+
+    def load_bytearray8(self) -> None:
+        """Reads what there is; the original fills an array of the size that the file claims."""
+        (size,) = struct.unpack("<Q", self.read(8))
+        self.append(self.read(size))
+
+    dispatch[pickle.BYTEARRAY8[0]] = load_bytearray8
+
     def find_class(self, module: str, name: str) -> Any:
         """The stand-in for a name in a pickle."""
         try:
@@ -147,14 +161,26 @@ class _Unpickler(pickle.Unpickler):
         raise Refused("a reference to something outside the file")
 
 
-def _plain(value: Any) -> Any:
-    """The value with real arrays in the place of their stand-ins."""
+def _plain(value: Any, done: dict[int, Any]) -> Any:
+    """The value with real arrays in the place of their stand-ins.
+
+    Args:
+        value: what was in the pickle.
+        done: {id of a container: what it became}; without it containers of containers that hold the same
+            one twice would grow without bound.
+    """
     if isinstance(value, _Array):
         if value.array is None:
             raise Refused("an array without contents")
         return value.array
+    if id(value) in done:
+        return done[id(value)]
     if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
+        plain = done[id(value)] = {}
+        plain.update((key, _plain(item, done)) for key, item in value.items())
+        return plain
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        plain = done[id(value)] = []
+        plain.extend(_plain(item, done) for item in value)
+        return plain
     return value
