@@ -16,7 +16,7 @@ LARGEST = 2**31 - 1  # of numbers: what TensorFlow's shapes can hold
 LONGEST_NAME = 100  # of a flag, in characters: absl looks for similar ones with a recursion as deep
 LONGEST_PART, LONGEST_PATH = 255, 3000  # bytes; the system's limits, with room for what we add to a path
 MOST_ARGUMENTS, DEEPEST, LARGEST_FILE = 10_000, 20, 1 << 20  # flagfiles: flags, files in files, bytes
-SHOWN = 400  # characters of a message
+SHOWN, LONGEST_LINE = 400, 3000  # characters of a value, of a line of a message
 
 # What could forge or garble a line. A line feed before two blanks is a list of ours.
 CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028\u2029]|\n(?!  )")
@@ -26,8 +26,9 @@ class UserError(Exception):
     """A mistake the user can mend; its text is the whole message (exit code 2, no traceback)."""
 
     def __init__(self, text: str):
-        """With what was found, what was needed and what to do; names in it cannot break the line."""
-        super().__init__(CONTROL.sub("?", text))
+        """With what was found, what was needed and what to do; names in it cannot break or flood the line."""
+        lines = CONTROL.sub("?", text).split("\n")
+        super().__init__("\n".join(_shortened(line, LONGEST_LINE) for line in lines))
 
 
 class ExplainingParser(flags.ArgumentParser):
@@ -178,6 +179,6 @@ def _path_needed(value: str) -> str | None:
     return None
 
 
-def _shortened(text: str) -> str:
+def _shortened(text: str, longest: int = SHOWN) -> str:
     """The text with its middle left out if it is long."""
-    return text if len(text) <= SHOWN else f"{text[: SHOWN // 3]} … {text[-SHOWN // 2 :]}"
+    return text if len(text) <= longest else f"{text[: longest // 3]} … {text[-longest // 2 :]}"

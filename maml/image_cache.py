@@ -29,6 +29,7 @@ from maml.settings import UserError
 VERSION = 1  # part of the key: raise it when the layout or any decoder changes
 CHECKED_BYTES = 1 << 26  # pixel files up to this size are read and checked at every start
 SHOWN = 5  # bad or doubled images named in a message
+PROBLEM = 200  # characters of what is wrong with one: a decoder may quote the file
 
 Decode = Callable[[bytes | np.ndarray], np.ndarray]
 
@@ -343,7 +344,7 @@ def _read_and_decode(
     except Exception as error:  # decoders answer a broken file with anything from OSError to SyntaxError
         # Pillow names its buffer where it does not know the format, which helps nobody.
         text = "not an image" if "cannot identify image" in str(error) else str(error)
-        return None, b"", text or type(error).__name__
+        return None, b"", text[:PROBLEM] or type(error).__name__
 
 
 def _check(source: ImageSource) -> None:

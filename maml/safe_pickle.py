@@ -17,6 +17,7 @@ import numpy as np
 
 from maml.settings import UserError
 
+DEEPEST = 100  # tuples in each other; numpy's arrays need three
 NUMBER = re.compile(r"[<>|=]?([biufc]\d{1,2})")
 
 
@@ -109,6 +110,7 @@ class _Call:
 
 
 _CONTAINERS = {kind.__name__: kind for kind in (dict, list, set, frozenset, tuple)}
+_CONTAINERS["tuple"] = list  # no tuple but of the instructions that are watched
 _CONTAINERS["bytes"] = lambda: b""  # all that Python 3 writes so for Python 2
 
 _NUMPY = {
@@ -137,6 +139,14 @@ _ALLOWED = {
 }
 
 
+def _followed(first: Callable, second: Callable) -> Callable:
+    def both(self: Any) -> None:
+        first(self)
+        second(self)
+
+    return both
+
+
 class _Unpickler(pickle._Unpickler):
     """The one written in Python: that in C reserves, and fills, as much memory as a damaged file claims."""
 
@@ -148,6 +158,22 @@ class _Unpickler(pickle._Unpickler):
         self.append(self.read(size))
 
     dispatch[pickle.BYTEARRAY8[0]] = load_bytearray8
+
+    def __init__(self, *arguments: Any, **keywords: Any):
+        super().__init__(*arguments, **keywords)
+        self._depths: dict[int, tuple[int, tuple]] = {}  # by id, with the tuple, so that no other gets its id
+
+    def refuse_deep_tuple(self) -> None:
+        """To hash tuples in tuples, as a key, Python recurses without a bound and ends in a crash."""
+        value = self.stack[-1]
+        inner = (self._depths.get(id(item), (1,))[0] for item in value if isinstance(item, tuple))
+        depth = 1 + max(inner, default=0)
+        if depth > DEEPEST:
+            raise Refused(f"more than {DEEPEST} tuples in each other")
+        self._depths[id(value)] = depth, value
+
+    for _code in (pickle.TUPLE, pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3):
+        dispatch[_code[0]] = _followed(dispatch[_code[0]], refuse_deep_tuple)
 
     def find_class(self, module: str, name: str) -> Any:
         """The stand-in for a name in a pickle."""
