@@ -8,8 +8,9 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator
 
-from absl import app, flags, logging
+from absl import app, logging
 
+from maml import flag_parsing
 from maml.settings import FLAGS, Failure, UserError
 
 DONE, FAILED, BAD_INPUT = 0, 1, 2
@@ -61,23 +62,17 @@ def run(
 
 
 def _parse(arguments: list[str], operands: str, any_number: bool) -> list[str]:
-    """The arguments that are not flags; one line instead of a usage page for a mistyped flag."""
+    """The program's name and the arguments that are not flags; one line instead of a usage page if wrong."""
     try:
-        rest = FLAGS(arguments)
-    except (flags.Error, OSError, UnicodeDecodeError) as error:
-        print(f"error: {error}. See --helpshort.", file=sys.stderr)
+        rest = flag_parsing.read(FLAGS, arguments[1:])
+        if operands and not any_number and len(rest) != 1:
+            raise UserError(f"found {' '.join(rest) or 'nothing'}, needed one {operands}.")
+        if rest and not operands:
+            raise flag_parsing.not_flags(rest)
+    except UserError as error:
+        print(f"error: {error} See --helpshort.", file=sys.stderr)
         sys.exit(BAD_INPUT)
-    if operands and not any_number and len(rest) != 2:
-        found = " ".join(rest[1:]) or "nothing"
-        print(f"error: found {found}, needed one {operands}. See --helpshort.", file=sys.stderr)
-        sys.exit(BAD_INPUT)
-    if len(rest) > 1 and not operands:
-        print(
-            f"error: found {' '.join(rest[1:])}, needed flags (--name=value). See --helpshort.",
-            file=sys.stderr,
-        )
-        sys.exit(BAD_INPUT)
-    return rest
+    return [arguments[0], *rest]
 
 
 class Stop:

@@ -1,8 +1,11 @@
 """A folder or an archive as a tree of files that can be read in any order. Nothing is ever unpacked."""
 
+import functools
 import hashlib
 import os
 import pathlib
+import re
+import stat
 import tarfile
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
@@ -11,6 +14,8 @@ from typing import NamedTuple
 from maml.settings import UserError
 
 ARCHIVES = (".tar", ".zip")
+LINE_BREAKS = re.compile(r"[\n\r]")
+LARGEST = 1 << 28  # bytes of a file that is read: no image is larger, but what an archive claims may be
 
 
 class FileTree(NamedTuple):
@@ -29,8 +34,8 @@ class FileTree(NamedTuple):
     separator: str = "/"
 
     def path(self, file: str) -> str:
-        """What messages call a file or folder of the tree."""
-        return f"{self.name}{self.separator}{file}" if file else self.name
+        """What messages call a file or folder of the tree: on one line, whatever its name."""
+        return f"{self.name}{self.separator}{LINE_BREAKS.sub('?', file)}" if file else self.name
 
     def below(self, folder: str) -> "FileTree":
         """The part of the tree in a folder of it."""
@@ -54,23 +59,37 @@ def open_tree(path: pathlib.Path) -> FileTree:
     """
     try:
         if path.is_dir():
-            files = {file: (path / file).read_bytes for file, _ in _walk(path) if file[-1] != "/"}
-            return FileTree(str(path), files, _folders(file for file, _ in _walk(path)))
+            found = [file for file, _ in _walk(path)]
+            files = {file: functools.partial(read_file, path / file) for file in found if file[-1] != "/"}
+            return FileTree(str(path), files, _folders(found))
         if path.suffix.lower() == ".zip":
             archive = zipfile.ZipFile(path)
             members = [member.filename for member in archive.infolist()]
-            readers = {name: _zip_reader(archive, name) for name in members if not name.endswith("/")}
+            readers = {
+                member.filename: functools.partial(_read_zipped, archive, member)
+                for member in archive.infolist()
+                if not member.is_dir()
+            }
         elif path.suffix.lower() == ".tar":
             with tarfile.open(path, "r:") as archive:
-                listed = archive.getmembers()
+                listed = list(tar_members(archive))
             members = [member.name + "/" * member.isdir() for member in listed]
-            readers = {member.name: _tar_reader(path, member) for member in listed if member.isfile()}
+            readers = {
+                member.name: functools.partial(read_part, path, member.offset_data, member.size)
+                for member in listed
+                if member.isfile()
+            }
         else:
             raise UserError(f"{path}: a file; needed a folder, a .tar or a .zip archive. Unpack it first.")
-    except (zipfile.BadZipFile, tarfile.TarError, EOFError) as error:
-        raise UserError(f"{path}: unreadable archive ({error}). Fetch or make it again.") from error
+    except UserError:
+        raise
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror or error}). Check the path.") from error
+        raise _unreadable(path, error) from error
+    except Exception as error:  # a damaged archive can fail anywhere in any way
+        raise UserError(
+            f"{path}: unreadable archive ({error or type(error).__name__}), needed a whole "
+            f"{path.suffix.lower()}. Fetch or make it again."
+        ) from error
     return FileTree(
         str(path),
         {inside: readers[name] for name, inside in _inside(path, readers) if not _hidden(inside)},
@@ -80,25 +99,96 @@ def open_tree(path: pathlib.Path) -> FileTree:
 
 
 def fingerprint(*paths: pathlib.Path) -> str:
-    """Changes whenever a file in one of the folders, or one of the archives, does; reads none of them."""
+    """Changes whenever a file in one of the folders, or one of the archives, does; reads none of them.
+
+    Raises:
+        UserError: if one of them cannot be looked into.
+    """
     digest = hashlib.sha256()
     for path in paths:
-        digest.update(f"{path.resolve()}\0".encode())
-        entries = _walk(path) if path.is_dir() else [("", path.stat())]
-        for name, status in entries:
-            digest.update(f"{name}\0{status.st_size if name[-1:] != '/' else 0}\0".encode())
-            digest.update(f"{status.st_mtime_ns}\0".encode())
+        digest.update(os.fsencode(f"{path.resolve()}\0"))
+        try:
+            for name, status in _walk(path) if path.is_dir() else [("", path.stat())]:
+                size = status.st_size if name[-1:] != "/" else 0
+                digest.update(os.fsencode(f"{name}\0{size}\0{status.st_mtime_ns}\0"))
+        except OSError as error:
+            raise _unreadable(path, error) from error
     return digest.hexdigest()
 
 
-def _walk(folder: pathlib.Path, prefix: str = "") -> Iterator[tuple[str, os.stat_result]]:
+def read_file(path: pathlib.Path) -> bytes:
+    """The contents of a file of a sensible size; OSError if it is something else, which could be endless."""
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError("not a file")
+    _refuse_huge(status.st_size)
+    return path.read_bytes()
+
+
+def read_part(path: pathlib.Path, offset: int, size: int) -> bytes:
+    """Bytes of a file; OSError if it has fewer, or if they are too many for an image."""
+    _refuse_huge(size)
+    # TarFile.extractfile shares one file position among all threads.
+    with path.open("rb") as file:
+        file.seek(offset)
+        content = file.read(size)
+    if len(content) < size:
+        raise OSError(f"{len(content)} of {size} bytes")
+    return content
+
+
+def tar_members(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+    """The members of an archive; TarError unless it goes on to its end mark.
+
+    `tarfile` itself takes a damaged header, or the end of the file, for the end of the archive, and goes
+    back and forth if a member has a negative size.
+    """
+    end = -1
+    for member in archive:
+        if member.size < 0 or member.offset <= end:
+            raise tarfile.ReadError(f"member {member.name!r} has an impossible size")
+        end = member.offset
+        yield member
+    archive.fileobj.seek(archive.offset)
+    if archive.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+        raise tarfile.ReadError(f"damaged or cut short after {archive.offset:,} bytes: there is no end mark")
+
+
+def _refuse_huge(size: int) -> None:
+    if size > LARGEST:
+        raise OSError(f"{size:,} bytes, needed at most {LARGEST:,}")
+
+
+def _read_zipped(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> bytes:
+    _refuse_huge(member.file_size)
+    return archive.read(member)
+
+
+def _unreadable(path: pathlib.Path, error: OSError) -> UserError:
+    where = f" at {error.filename}" if error.filename and str(error.filename) != str(path) else ""
+    return UserError(
+        f"{path}: cannot be read ({error.strerror or error}{where}), needed a folder or archive that can. "
+        f"Check the path and the rights."
+    )
+
+
+def _walk(
+    folder: pathlib.Path, prefix: str = "", above: frozenset[tuple[int, int]] = frozenset()
+) -> Iterator[tuple[str, os.stat_result]]:
     """All visible files ("a/b.png") and folders ("a/") with their status, in the order of their names."""
+    status = folder.stat()
+    above |= {(status.st_dev, status.st_ino)}
     with os.scandir(folder) as entries:
         found = sorted((entry for entry in entries if not _hidden(entry.name)), key=lambda entry: entry.name)
     for entry in found:
         if entry.is_dir():
-            yield f"{prefix}{entry.name}/", entry.stat()
-            yield from _walk(pathlib.Path(entry.path), f"{prefix}{entry.name}/")
+            status = entry.stat()
+            if (status.st_dev, status.st_ino) in above:
+                raise UserError(
+                    f"{entry.path}: found a link to a folder that it is in, needed an end. Remove the link."
+                )
+            yield f"{prefix}{entry.name}/", status
+            yield from _walk(pathlib.Path(entry.path), f"{prefix}{entry.name}/", above)
         else:  # a link to nowhere too: whoever reads it says so
             yield f"{prefix}{entry.name}", entry.stat(follow_symlinks=entry.is_file())
 
@@ -124,23 +214,9 @@ def _inside(path: pathlib.Path, members: Iterable[str]) -> Iterator[tuple[str, s
     for name in members:
         parts = [part for part in name.split("/") if part not in ("", ".")]
         if name.startswith("/") or ".." in parts:
-            raise UserError(f"{path}: member {name!r} leads out of the archive. Do not trust this file.")
+            raise UserError(
+                f"{path}: member {name!r} leads out of the archive, needed all inside. Do not trust this "
+                f"file: get another."
+            )
         if parts:
             yield name, "/".join(parts)
-
-
-def _zip_reader(archive: zipfile.ZipFile, name: str) -> Callable[[], bytes]:
-    return lambda: archive.read(name)
-
-
-def _tar_reader(path: pathlib.Path, member: tarfile.TarInfo) -> Callable[[], bytes]:
-    def read() -> bytes:
-        # TarFile.extractfile shares one file position among all threads.
-        with path.open("rb") as file:
-            file.seek(member.offset_data)
-            content = file.read(member.size)
-        if len(content) < member.size:
-            raise OSError(f"{len(content)} of {member.size} bytes")
-        return content
-
-    return read
