@@ -25,7 +25,7 @@ setuptools.setup(
     install_requires=[
         "absl-py>=2",
         "importlib_resources",  # tensorflow-datasets 4.9.10 uses it without asking for it
-        "filelock>=3.12",
+        "filelock>=3.20.1",
         "keras>=3.10",
         "matplotlib>=3.8",
         "numpy>=1.26",

@@ -8,7 +8,6 @@ counts, checksums). It comes to be in a temporary folder that is renamed when it
 import concurrent.futures
 import contextlib
 import errno
-import fcntl
 import functools
 import hashlib
 import json
@@ -22,6 +21,7 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
+import filelock
 import numpy as np
 from tqdm import tqdm
 
@@ -254,18 +254,14 @@ def _build_alone(
         ) from error
 
 
-@contextlib.contextmanager
-def _lock(path: pathlib.Path, name: str) -> Iterator[None]:
+def _lock(path: pathlib.Path, name: str) -> contextlib.AbstractContextManager:
     """Holds the file's lock, which the system lets go of if we die; waits for whoever holds it."""
-    # Neither truncated nor followed: should it be a link, then not one of ours.
-    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
-    with open(path, "r+", opener=lambda name, _: os.open(name, flags, 0o666)) as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            _say(f"{name}: another process is decoding these images; waiting for it")
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+    lock = filelock.FileLock(path)
+    try:
+        return lock.acquire(timeout=0)
+    except filelock.Timeout:
+        _say(f"{name}: another process is decoding these images; waiting for it")
+        return lock.acquire()
 
 
 def _build(
