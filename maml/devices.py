@@ -90,10 +90,10 @@ def use(settings: Settings) -> Machine:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         at_once = min(cores, tasks, settings.tasks_per_chunk or cores)
         # A task per thread; but the large products of a batched network on images divide themselves.
-        batched = settings.classification and not settings.conv
+        large = settings.classification and not settings.conv
         tf.config.threading.set_inter_op_parallelism_threads(at_once)
-        tf.config.threading.set_intra_op_parallelism_threads(cores if batched else max(1, cores // at_once))
-        description = f"CPU, {cores} core{'s' * (cores > 1)}" + f", {at_once} tasks at once" * (not batched)
+        tf.config.threading.set_intra_op_parallelism_threads(cores if large else max(1, cores // at_once))
+        description = f"CPU, {cores} core{'s' * (cores > 1)}"
     if settings.deterministic:
         tf.config.experimental.enable_op_determinism()
     if not settings.train:
