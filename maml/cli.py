@@ -84,12 +84,13 @@ def _train_and_test(settings: Settings, machine: "Machine") -> None:
         progress=True,
     )
     print(evaluate.table(result, settings, iteration))
-    written = [results.write(settings, result, iteration, machine.description).name, "results.json"]
-    if not settings.classification:
-        picture = folder.dir / "fits.png"
-        figures.sinusoid_fits(picture, learner, data, spec, steps=settings.test_num_updates)
-        folder.write_picture("validation", "sinusoid/fits", picture)
-        written.append(picture.name)
+    with folder.writing("write the results"):
+        written = [results.write(settings, result, iteration, machine.description).name, "results.json"]
+        if not settings.classification:
+            picture = folder.dir / "fits.png"
+            figures.sinusoid_fits(picture, learner, data, spec, steps=settings.test_num_updates)
+            folder.write_picture("validation", "sinusoid/fits", picture)
+            written.append(picture.name)
     if settings.classification and not settings.test_set:
         print("these are the meta-validation classes; add --train=False --test_set for the meta-test classes")
     print(f"wrote {', '.join(written)} in {folder.dir}")

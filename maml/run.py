@@ -90,7 +90,7 @@ class Run:
                 )
             self._restore_newest([i for i in there if i <= self.settings.iterations])
         if self.chief:
-            with self._writing("begin"):
+            with self.writing("begin"):
                 self._begin_files(first_episode, begun=bool(there))
 
     def end(self) -> None:
@@ -179,7 +179,7 @@ class Run:
             self._manager = tf.train.CheckpointManager(
                 self._checkpoint, str(self.dir / "checkpoints"), max_to_keep=None, checkpoint_name="model"
             )
-        with self._writing(f"save iteration {iteration}"):
+        with self.writing(f"save iteration {iteration}"):
             self._manager.save(checkpoint_number=iteration)
 
     def prune(self) -> None:
@@ -194,7 +194,7 @@ class Run:
                 path.unlink()
 
     @contextlib.contextmanager
-    def _writing(self, what: str) -> Iterator[None]:
+    def writing(self, what: str) -> Iterator[None]:
         """Turns what goes wrong with the disk into a Failure that says what is left."""
         try:
             if what != "begin" and not (self.dir / "flags").is_file():
@@ -202,15 +202,11 @@ class Run:
             yield
         except (OSError, tf.errors.OpError) as error:
             there = saved_iterations(self.dir)
-            reason = error.strerror if isinstance(error, OSError) else str(error.message).splitlines()[0]
+            last = f"The last good checkpoint is iteration {there[-1]}" if there else "There is no checkpoint"
+            reason = str(getattr(error, "strerror", None) or error).splitlines()[0]
             raise Failure(
-                f"{self.dir}: cannot {what} ({reason}). "
-                + (
-                    f"The last good checkpoint is iteration {there[-1]}"
-                    if there
-                    else "There is no checkpoint"
-                )
-                + "; once the folder can be written to, the same command goes on from there."
+                f"{self.dir}: cannot {what} ({reason}). {last}; once the folder can be written to, the same "
+                f"command goes on from there."
             ) from error
 
     def record_validation(self, scalars: dict[str, float]) -> None:
@@ -218,14 +214,14 @@ class Run:
         self.write_scalars("validation", scalars)
         rows = validations(self.dir) | {int(self.iteration): scalars}
         table = csv_text([{"iteration": iteration, **rows[iteration]} for iteration in sorted(rows)])
-        with self._writing("write validation.csv"):
+        with self.writing("write validation.csv"):
             write_whole(self.dir / "validation.csv", table)
 
     def write_scalars(self, writer: str, scalars: dict[str, float]) -> None:
         """Writes TensorBoard scalars at the present iteration to "train" or "validation"."""
         if not (self.settings.log and self.chief):
             return
-        with self._writing("write TensorBoard's events"):
+        with self.writing("write TensorBoard's events"):
             with self._writer(writer).as_default(step=int(self.iteration)):
                 for tag, value in scalars.items():
                     tf.summary.scalar(tag, value)
@@ -235,9 +231,10 @@ class Run:
         """Shows a PNG file in TensorBoard."""
         if not self.settings.log:
             return
-        with self._writer(writer).as_default(step=int(self.iteration)):
-            tf.summary.image(tag, tf.io.decode_png(png.read_bytes(), channels=3)[tf.newaxis])
-        self._writer(writer).flush()
+        with self.writing("write TensorBoard's events"):
+            with self._writer(writer).as_default(step=int(self.iteration)):
+                tf.summary.image(tag, tf.io.decode_png(png.read_bytes(), channels=3)[tf.newaxis])
+            self._writer(writer).flush()
 
     def _best(self, among: list[int]) -> int:
         ranked = self._ranked(among)
