@@ -79,19 +79,27 @@ class Run:
             )
         if self.chief:
             self._claim()
-        there = saved_iterations(self.dir)
-        if there:
-            self._refuse_other_settings()
-            if there[-1] > self.settings.iterations and self.settings.iterations not in there:
-                raise UserError(
-                    f"{self.dir} holds a run of {there[-1]} iterations, more than the "
-                    f"{self.settings.iterations} asked for, and no checkpoint of that one. Found "
-                    f"{', '.join(map(str, there))}: ask for one of them, or for more iterations."
-                )
-            self._restore_newest([i for i in there if i <= self.settings.iterations])
-        if self.chief:
-            with self.writing("begin"):
-                self._begin_files(first_episode, begun=bool(there))
+        try:
+            there = saved_iterations(self.dir)
+            if there:
+                self._go_on(there)
+            if self.chief:
+                with self.writing("begin"):
+                    self._begin_files(first_episode, begun=bool(there))
+        except BaseException:
+            self.end()
+            raise
+
+    def _go_on(self, there: list[int]) -> None:
+        self._refuse_other_settings()
+        asked = self.settings.iterations
+        if there[-1] > asked and asked not in there:
+            raise UserError(
+                f"{self.dir} holds a run of {there[-1]} iterations, more than the {asked} asked for, and no "
+                f"checkpoint of that one. Found {', '.join(map(str, there))}: ask for one of them, or for "
+                f"more iterations."
+            )
+        self._restore_newest([iteration for iteration in there if iteration <= asked])
 
     def end(self) -> None:
         """Lets other processes train in the folder."""
@@ -107,7 +115,10 @@ class Run:
                 f"another --logdir or --seed."
             ) from error
         except OSError as error:
-            raise UserError(f"--logdir: cannot write to {self.dir} ({error.strerror}).") from error
+            raise UserError(
+                f"--logdir: cannot write to {self.dir} ({error.strerror}), needed a folder that can be "
+                f"written to. Give another."
+            ) from error
 
     def _begin_files(self, first_episode: Episode, begun: bool) -> None:
         digest = hashlib.sha256(b"".join(field.numpy().tobytes() for field in first_episode)).hexdigest()
@@ -150,7 +161,7 @@ class Run:
         if not there:
             siblings = sorted(path.name for path in self.dir.parent.glob("cls_*") if path.is_dir())
             raise UserError(
-                f"no checkpoint in {self.dir}; runs under {self.dir.parent}: "
+                f"found no checkpoint in {self.dir}; runs under {self.dir.parent}: "
                 f"{', '.join(siblings) or 'none'}. Train first, or give the flags the run was trained with "
                 f"(--flagfile=RUN/flags)."
             )
@@ -241,7 +252,7 @@ class Run:
         if not ranked:
             raise UserError(
                 f"--checkpoint=best: {self.dir / 'validation.csv'} has no validation of its checkpoints "
-                f"({self._judged_by()[0]}). Test the newest, or another with --test_iter."
+                f"({self._judged_by()[0]}), needed one. Test the newest, or another with --test_iter."
             )
         return ranked[0]
 
@@ -268,7 +279,10 @@ class Run:
         if path.is_dir():
             there = saved_iterations(path)
             if not there:
-                raise UserError(f"--init_from={path}: no checkpoint in it (checkpoints/model-*.index).")
+                raise UserError(
+                    f"--init_from={path}: found no checkpoint in it, needed a run folder with "
+                    f"checkpoints/model-*.index. Give one, or the name of a checkpoint."
+                )
             path = path / "checkpoints" / f"model-{there[-1]}"
         if original.is_original(path):
             original.load(network, path)
@@ -287,7 +301,8 @@ class Run:
             before = read_flagfile(as_flagfile(parse([f"--flagfile={self.dir / 'flags'}"])))
         except UserError as error:
             raise UserError(
-                f"{self.dir / 'flags'}: missing or damaged; cannot tell what the run is ({error})"
+                f"{self.dir / 'flags'}: missing or damaged ({error}), needed to tell what the run is. Mend "
+                f"it, or choose another --logdir."
             ) from error
         now = read_flagfile(as_flagfile(self.settings))
         free = set(FREE_FLAGS)
@@ -314,12 +329,19 @@ class Run:
 
 def _restored(checkpoint: tf.train.Checkpoint, path: pathlib.Path, advice: str):
     """Restores all that the checkpoint holds from a path; a UserError where it cannot."""
+    if not path.with_name(f"{path.name}.index").is_file():
+        raise UserError(f"{path}: found no such checkpoint, needed its name as before .index. {advice}.")
     try:
         status = checkpoint.restore(str(path))
         status.assert_existing_objects_matched()
-    except (AssertionError, ValueError, LookupError, RuntimeError, tf.errors.OpError) as error:
+    except (AssertionError, ValueError) as error:
         raise UserError(
-            f"{path}: unreadable, or of another network than the flags describe "
-            f"({str(error).splitlines()[0]}). {advice}, or check the flags."
+            f"{path}: found weights of another network than the flags describe, needed those of this one. "
+            f"{advice}, or check the flags."
+        ) from error
+    except (LookupError, RuntimeError, tf.errors.OpError) as error:
+        reason = getattr(error, "message", str(error)).replace(str(path), path.name).splitlines()[0]
+        raise UserError(
+            f"{path}: unreadable ({reason[:200]}), needed a whole checkpoint. {advice}."
         ) from error
     return status

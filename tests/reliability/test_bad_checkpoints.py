@@ -4,8 +4,8 @@ import pathlib
 import shutil
 
 import keras
-import numpy as np
 import pytest
+import tensorflow as tf
 
 from maml import build
 from maml.run import Run
@@ -23,19 +23,16 @@ def run(logdir: pathlib.Path, *flags: str) -> Run:
     return Run(settings, build.build_learner(settings, build.build_network(settings, shape)))
 
 
-def weights(one: Run) -> list[np.ndarray]:
-    return [variable.numpy() for variable in one._checkpoint.network.variables]
-
-
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory) -> pathlib.Path:
     """The folder of a sinusoid run with checkpoints at 1 and 2, and a text."""
     logdir = tmp_path_factory.mktemp("saved")
     one = run(logdir)
-    one.begin()
+    begin(one)
     for iteration in (1, 2):
         one.iteration.assign(iteration)
         one.save()
+    one.end()
     (one.dir / "notes.txt").write_text("a text")
     return one.dir
 
@@ -47,8 +44,18 @@ def folder(saved, tmp_path) -> pathlib.Path:
     return tmp_path / saved.name
 
 
+def begin(one: Run) -> None:
+    first = build.load_data(one.settings).sample(
+        build.train_spec(one.settings), "train", tf.zeros(1, tf.int64)
+    )
+    one.begin(first)
+
+
 def assert_one_line(message: str) -> None:
-    assert len(message.splitlines()) == 1 and "Traceback" not in message and len(message) < 2000, message
+    """Which says what was found or holds, what was needed, and ends with what to do."""
+    assert len(message.splitlines()) == 1 and "Traceback" not in message and len(message) < 1000, message
+    assert "needed" in message or "holds" in message or "ound" in message, message
+    assert message.endswith("."), message
 
 
 def snapshot(folder: pathlib.Path) -> dict[pathlib.Path, bytes | None]:
@@ -144,16 +151,16 @@ def test_a_checkpoint_that_is_not_there_is_not_tested(flags, folder, tmp_path):
 def test_a_run_is_not_begun_over_another(folder, tmp_path):
     before = snapshot(tmp_path)
     with pytest.raises(UserError, match="holds a run of 2 iterations") as refusal:
-        run(tmp_path, "--resume=False").begin()
+        begin(run(tmp_path, "--resume=False"))
     assert_one_line(str(refusal.value))
     assert snapshot(tmp_path) == before
     (folder / "flags").write_text("--num_filters=maybe\n")
     with pytest.raises(UserError, match="flags: missing or damaged") as refusal:
-        run(tmp_path).begin()
+        begin(run(tmp_path))
     assert_one_line(str(refusal.value))
     shutil.copy(ROOT / "flags" / "omniglot_5way_1shot.flags", folder / "flags")
     with pytest.raises(UserError, match="--datasource: omniglot there, sinusoid here") as refusal:
-        run(tmp_path).begin()
+        begin(run(tmp_path))
     assert_one_line(str(refusal.value))
 
 
