@@ -1,8 +1,8 @@
 """Same seed, same machine: same bits. And what else changes them, with the size of it.
 
-`python -m tests.reliability.test_determinism` prints the tables of docs/determinism.md (a quarter of an hour on
-two cores; MAML_DATA_DIR names the folder that holds omniglot/). That a run which is stopped and gone on with has
-the bits of one that never stopped, and that its flagfile repeats it, is in tests/test_cli.py.
+`python -m tests.reliability.test_determinism` prints the tables of docs/determinism.md (in a quarter of an
+hour on two cores; MAML_DATA_DIR names the folder that holds omniglot/). That a run which is stopped and gone
+on with has the bits of one that never stopped, and that its flagfile repeats it, is in tests/test_cli.py.
 """
 
 import json
