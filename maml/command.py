@@ -35,7 +35,9 @@ def run(
         try:
             work(arguments[1:])
         except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
+            # Names of files are in it, and may hold anything.
+            line = "".join(c if c.isprintable() else "?" for c in str(error))
+            print(f"error: {line}", file=sys.stderr)
             return BAD_INPUT
         except KeyboardInterrupt:
             print(f"\n{interrupted}", file=sys.stderr)

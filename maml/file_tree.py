@@ -3,6 +3,7 @@
 import hashlib
 import os
 import pathlib
+import stat
 import tarfile
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
@@ -11,6 +12,7 @@ from typing import NamedTuple
 from maml.settings import UserError
 
 ARCHIVES = (".tar", ".zip")
+LARGEST_FILE = 1 << 28  # bytes; no photograph is as large, but a zip of 300 KB can hold one that is
 
 
 class FileTree(NamedTuple):
@@ -54,23 +56,28 @@ def open_tree(path: pathlib.Path) -> FileTree:
     """
     try:
         if path.is_dir():
-            files = {file: (path / file).read_bytes for file, _ in _walk(path) if file[-1] != "/"}
+            files = {file: file_reader(path / file) for file, _ in _walk(path) if file[-1] != "/"}
             return FileTree(str(path), files, _folders(file for file, _ in _walk(path)))
         if path.suffix.lower() == ".zip":
             archive = zipfile.ZipFile(path)
-            members = [member.filename for member in archive.infolist()]
-            readers = {name: _zip_reader(archive, name) for name in members if not name.endswith("/")}
+            listed = archive.infolist()
+            members = [member.filename for member in listed]
+            readers = {
+                member.filename: _zip_reader(archive, member) for member in listed if not member.is_dir()
+            }
         elif path.suffix.lower() == ".tar":
             with tarfile.open(path, "r:") as archive:
                 listed = archive.getmembers()
             members = [member.name + "/" * member.isdir() for member in listed]
-            readers = {member.name: _tar_reader(path, member) for member in listed if member.isfile()}
+            readers = {member.name: _tar_reader(path, member) for member in listed if _plain(path, member)}
         else:
             raise UserError(f"{path}: a file; needed a folder, a .tar or a .zip archive. Unpack it first.")
-    except (zipfile.BadZipFile, tarfile.TarError, EOFError) as error:
-        raise UserError(f"{path}: unreadable archive ({error}). Fetch or make it again.") from error
+    except UserError:
+        raise
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error}). Check the path.") from error
+    except Exception as error:  # a damaged archive can fail anywhere in any way
+        raise UserError(f"{path}: unreadable archive ({error}). Fetch or make it again.") from error
     return FileTree(
         str(path),
         {inside: readers[name] for name, inside in _inside(path, readers) if not _hidden(inside)},
@@ -80,14 +87,23 @@ def open_tree(path: pathlib.Path) -> FileTree:
 
 
 def fingerprint(*paths: pathlib.Path) -> str:
-    """Changes whenever a file in one of the folders, or one of the archives, does; reads none of them."""
+    """Changes whenever a file in one of the folders, or one of the archives, does; reads none of them.
+
+    Raises:
+        UserError: if a folder cannot be listed.
+    """
     digest = hashlib.sha256()
-    for path in paths:
-        digest.update(f"{path.resolve()}\0".encode())
-        entries = _walk(path) if path.is_dir() else [("", path.stat())]
-        for name, status in entries:
-            digest.update(f"{name}\0{status.st_size if name[-1:] != '/' else 0}\0".encode())
-            digest.update(f"{status.st_mtime_ns}\0".encode())
+    try:
+        for path in paths:
+            digest.update(os.fsencode(f"{path.resolve()}\0"))
+            entries = _walk(path) if path.is_dir() else [("", path.stat())]
+            for name, status in entries:
+                # fsencode: names need not be text that can be encoded.
+                digest.update(os.fsencode(f"{name}\0{status.st_size if name[-1:] != '/' else 0}\0"))
+                digest.update(f"{status.st_mtime_ns}\0".encode())
+    except OSError as error:
+        where = error.filename or path
+        raise UserError(f"{where}: cannot be read ({error.strerror or error}). Check the folder.") from error
     return digest.hexdigest()
 
 
@@ -129,12 +145,49 @@ def _inside(path: pathlib.Path, members: Iterable[str]) -> Iterator[tuple[str, s
             yield name, "/".join(parts)
 
 
-def _zip_reader(archive: zipfile.ZipFile, name: str) -> Callable[[], bytes]:
-    return lambda: archive.read(name)
+def file_reader(path: pathlib.Path) -> Callable[[], bytes]:
+    """Reads a file of a folder; raises OSError if it is a pipe or a device, or is too large for an image."""
+
+    def read() -> bytes:
+        status = path.stat()  # of what a link leads to: /dev/zero has no end
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError("not a plain file")
+        _refuse_large(status.st_size)
+        return path.read_bytes()
+
+    return read
+
+
+def _refuse_large(size: int) -> None:
+    if size > LARGEST_FILE:
+        raise OSError(f"{size:,} bytes, needed at most {LARGEST_FILE:,}")
+
+
+def _zip_reader(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> Callable[[], bytes]:
+    def read() -> bytes:
+        if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            raise OSError("packed by a method that cannot be unpacked in parts; needed deflate")
+        _refuse_large(member.file_size)
+        with archive.open(member) as file:
+            # With a number the packed bytes are unpacked no further than it, whatever they really hold.
+            return file.read(member.file_size + 1)
+
+    return read
+
+
+def _plain(path: pathlib.Path, member: tarfile.TarInfo) -> bool:
+    """Whether the member is a file (else it is a folder); refuses links, devices and files with holes."""
+    if member.isdir() or (member.isreg() and not member.issparse()):
+        return member.isreg()
+    raise UserError(
+        f"{path}: member {member.name!r} is a link, a device or a file with holes; needed plain files and "
+        f"folders. Make it again, without --sparse and with tar --dereference --hard-dereference."
+    )
 
 
 def _tar_reader(path: pathlib.Path, member: tarfile.TarInfo) -> Callable[[], bytes]:
     def read() -> bytes:
+        _refuse_large(member.size)
         # TarFile.extractfile shares one file position among all threads.
         with path.open("rb") as file:
             file.seek(member.offset_data)

@@ -25,6 +25,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from maml import safe_pickle
+from maml.file_tree import file_reader
 from maml.image_cache import ImageFile, ImageSource
 from maml.settings import Settings, UserError
 from maml.sources import LazySplits
@@ -281,10 +282,13 @@ def _read_pickle(path: pathlib.Path) -> tuple[np.ndarray, dict[str, list[int]]]:
     try:
         contents = {safe_pickle.text(key): value for key, value in contents.items()}
         images = contents["image_data"]
+        counted = sum(len(rows) for rows in contents["class_dict"].values())
+        if counted > len(images):  # one list for all classes would be copied for each
+            raise ValueError(f"{counted} rows of classes for {len(images)} images")
         classes = {
             safe_pickle.text(k): [int(row) for row in rows] for k, rows in contents["class_dict"].items()
         }
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
         raise UserError(
             f"{NAME}: {path}: needed a dictionary with image_data and class_dict "
             f"({type(error).__name__}: {error}). Is it another set's file?"
@@ -314,7 +318,7 @@ def _class_folders(folder: pathlib.Path, table: Table) -> ImageSource:
                 found = sorted((name, stat) for name, stat in found if not name.startswith("."))
                 stamps += [(child.name, name, stat.st_size, stat.st_mtime_ns) for name, stat in found]
                 classes[child.name] = [
-                    ImageFile(str(child / name), (child / name).read_bytes) for name, _ in found
+                    ImageFile(str(child / name), file_reader(child / name)) for name, _ in found
                 ]
         _check_classes(folder / split, {wnid: len(files) for wnid, files in classes.items()}, needed)
     return ImageSource(name=NAME, fingerprint=_fingerprint("folders", stamps), splits=splits)
