@@ -1,8 +1,10 @@
 """A folder or an archive as a tree of files that can be read in any order. Nothing is ever unpacked."""
 
+import functools
 import hashlib
 import os
 import pathlib
+import re
 import stat
 import tarfile
 import zipfile
@@ -12,7 +14,8 @@ from typing import NamedTuple
 from maml.settings import UserError
 
 ARCHIVES = (".tar", ".zip")
-LARGEST_FILE = 1 << 28  # bytes; no photograph is as large, but a zip of 300 KB can hold one that is
+LINE_BREAKS = re.compile(r"[\n\r]")
+LARGEST = 1 << 28  # bytes of a file that is read: no image is larger, but what an archive claims may be
 
 
 class FileTree(NamedTuple):
@@ -31,8 +34,8 @@ class FileTree(NamedTuple):
     separator: str = "/"
 
     def path(self, file: str) -> str:
-        """What messages call a file or folder of the tree."""
-        return f"{self.name}{self.separator}{file}" if file else self.name
+        """What messages call a file or folder of the tree: on one line, whatever its name."""
+        return f"{self.name}{self.separator}{LINE_BREAKS.sub('?', file)}" if file else self.name
 
     def below(self, folder: str) -> "FileTree":
         """The part of the tree in a folder of it."""
@@ -56,28 +59,37 @@ def open_tree(path: pathlib.Path) -> FileTree:
     """
     try:
         if path.is_dir():
-            files = {file: file_reader(path / file) for file, _ in _walk(path) if file[-1] != "/"}
-            return FileTree(str(path), files, _folders(file for file, _ in _walk(path)))
+            found = [file for file, _ in _walk(path)]
+            files = {file: functools.partial(read_file, path / file) for file in found if file[-1] != "/"}
+            return FileTree(str(path), files, _folders(found))
         if path.suffix.lower() == ".zip":
             archive = zipfile.ZipFile(path)
-            listed = archive.infolist()
-            members = [member.filename for member in listed]
+            members = [member.filename for member in archive.infolist()]
             readers = {
-                member.filename: _zip_reader(archive, member) for member in listed if not member.is_dir()
+                member.filename: functools.partial(_read_zipped, archive, member)
+                for member in archive.infolist()
+                if not member.is_dir()
             }
         elif path.suffix.lower() == ".tar":
             with tarfile.open(path, "r:") as archive:
-                listed = archive.getmembers()
+                listed = list(tar_members(archive))
             members = [member.name + "/" * member.isdir() for member in listed]
-            readers = {member.name: _tar_reader(path, member) for member in listed if _plain(path, member)}
+            readers = {
+                member.name: functools.partial(read_part, path, member.offset_data, member.size)
+                for member in listed
+                if _is_plain(path, member)
+            }
         else:
             raise UserError(f"{path}: a file; needed a folder, a .tar or a .zip archive. Unpack it first.")
     except UserError:
         raise
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror or error}). Check the path.") from error
+        raise _unreadable(path, error) from error
     except Exception as error:  # a damaged archive can fail anywhere in any way
-        raise UserError(f"{path}: unreadable archive ({error}). Fetch or make it again.") from error
+        raise UserError(
+            f"{path}: unreadable archive ({error or type(error).__name__}), needed a whole "
+            f"{path.suffix.lower()}. Fetch or make it again."
+        ) from error
     return FileTree(
         str(path),
         {inside: readers[name] for name, inside in _inside(path, readers) if not _hidden(inside)},
@@ -90,31 +102,107 @@ def fingerprint(*paths: pathlib.Path) -> str:
     """Changes whenever a file in one of the folders, or one of the archives, does; reads none of them.
 
     Raises:
-        UserError: if a folder cannot be listed.
+        UserError: if one of them cannot be looked into.
     """
     digest = hashlib.sha256()
-    try:
-        for path in paths:
-            digest.update(os.fsencode(f"{path.resolve()}\0"))
-            entries = _walk(path) if path.is_dir() else [("", path.stat())]
-            for name, status in entries:
-                # fsencode: names need not be text that can be encoded.
-                digest.update(os.fsencode(f"{name}\0{status.st_size if name[-1:] != '/' else 0}\0"))
-                digest.update(f"{status.st_mtime_ns}\0".encode())
-    except OSError as error:
-        where = error.filename or path
-        raise UserError(f"{where}: cannot be read ({error.strerror or error}). Check the folder.") from error
+    for path in paths:
+        digest.update(os.fsencode(f"{path.resolve()}\0"))
+        try:
+            for name, status in _walk(path) if path.is_dir() else [("", path.stat())]:
+                size = status.st_size if name[-1:] != "/" else 0
+                digest.update(os.fsencode(f"{name}\0{size}\0{status.st_mtime_ns}\0"))
+        except OSError as error:
+            raise _unreadable(path, error) from error
     return digest.hexdigest()
 
 
-def _walk(folder: pathlib.Path, prefix: str = "") -> Iterator[tuple[str, os.stat_result]]:
+def read_file(path: pathlib.Path) -> bytes:
+    """The contents of a file of a sensible size; OSError if it is something else, which could be endless."""
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError("not a file")
+    _refuse_huge(status.st_size)
+    return path.read_bytes()
+
+
+def read_part(path: pathlib.Path, offset: int, size: int) -> bytes:
+    """Bytes of a file; OSError if it has fewer, or if they are too many for an image."""
+    _refuse_huge(size)
+    # TarFile.extractfile shares one file position among all threads.
+    with path.open("rb") as file:
+        file.seek(offset)
+        content = file.read(size)
+    if len(content) < size:
+        raise OSError(f"{len(content)} of {size} bytes")
+    return content
+
+
+def tar_members(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+    """The members of an archive; TarError unless it goes on to its end mark.
+
+    `tarfile` itself takes a damaged header, or the end of the file, for the end of the archive, and goes
+    back and forth if a member has a negative size.
+    """
+    end = -1
+    for member in archive:
+        if member.size < 0 or member.offset <= end:
+            raise tarfile.ReadError(f"member {member.name!r} has an impossible size")
+        end = member.offset
+        yield member
+    archive.fileobj.seek(archive.offset)
+    if archive.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+        raise tarfile.ReadError(f"damaged or cut short after {archive.offset:,} bytes: there is no end mark")
+
+
+def _refuse_huge(size: int) -> None:
+    if size > LARGEST:
+        raise OSError(f"{size:,} bytes, needed at most {LARGEST:,}")
+
+
+def _is_plain(path: pathlib.Path, member: tarfile.TarInfo) -> bool:
+    """Whether the member is a file (else it is a folder); refuses what would be missed without a word."""
+    if not member.isdir() and (not member.isreg() or member.issparse()):
+        raise UserError(
+            f"{path}: member {member.name!r} is a link, a device or a file with holes; needed plain files "
+            f"and folders. Make it again, without --sparse and with tar --dereference --hard-dereference."
+        )
+    return member.isreg()
+
+
+def _read_zipped(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> bytes:
+    if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise OSError("packed by a method that cannot be unpacked in parts, needed deflate")
+    _refuse_huge(member.file_size)
+    with archive.open(member) as file:
+        # With a number the packed bytes are unpacked no further than it, whatever they really hold.
+        return file.read(member.file_size + 1)
+
+
+def _unreadable(path: pathlib.Path, error: OSError) -> UserError:
+    where = f" at {error.filename}" if error.filename and str(error.filename) != str(path) else ""
+    return UserError(
+        f"{path}: cannot be read ({error.strerror or error}{where}), needed a folder or archive that can. "
+        f"Check the path and the rights."
+    )
+
+
+def _walk(
+    folder: pathlib.Path, prefix: str = "", above: frozenset[tuple[int, int]] = frozenset()
+) -> Iterator[tuple[str, os.stat_result]]:
     """All visible files ("a/b.png") and folders ("a/") with their status, in the order of their names."""
+    status = folder.stat()
+    above |= {(status.st_dev, status.st_ino)}
     with os.scandir(folder) as entries:
         found = sorted((entry for entry in entries if not _hidden(entry.name)), key=lambda entry: entry.name)
     for entry in found:
         if entry.is_dir():
-            yield f"{prefix}{entry.name}/", entry.stat()
-            yield from _walk(pathlib.Path(entry.path), f"{prefix}{entry.name}/")
+            status = entry.stat()
+            if (status.st_dev, status.st_ino) in above:
+                raise UserError(
+                    f"{entry.path}: found a link to a folder that it is in, needed an end. Remove the link."
+                )
+            yield f"{prefix}{entry.name}/", status
+            yield from _walk(pathlib.Path(entry.path), f"{prefix}{entry.name}/", above)
         else:  # a link to nowhere too: whoever reads it says so
             yield f"{prefix}{entry.name}", entry.stat(follow_symlinks=entry.is_file())
 
@@ -140,60 +228,9 @@ def _inside(path: pathlib.Path, members: Iterable[str]) -> Iterator[tuple[str, s
     for name in members:
         parts = [part for part in name.split("/") if part not in ("", ".")]
         if name.startswith("/") or ".." in parts:
-            raise UserError(f"{path}: member {name!r} leads out of the archive. Do not trust this file.")
+            raise UserError(
+                f"{path}: member {name!r} leads out of the archive, needed all inside. Do not trust this "
+                f"file: get another."
+            )
         if parts:
             yield name, "/".join(parts)
-
-
-def file_reader(path: pathlib.Path) -> Callable[[], bytes]:
-    """Reads a file of a folder; raises OSError if it is a pipe or a device, or is too large for an image."""
-
-    def read() -> bytes:
-        status = path.stat()  # of what a link leads to: /dev/zero has no end
-        if not stat.S_ISREG(status.st_mode):
-            raise OSError("not a plain file")
-        _refuse_large(status.st_size)
-        return path.read_bytes()
-
-    return read
-
-
-def _refuse_large(size: int) -> None:
-    if size > LARGEST_FILE:
-        raise OSError(f"{size:,} bytes, needed at most {LARGEST_FILE:,}")
-
-
-def _zip_reader(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> Callable[[], bytes]:
-    def read() -> bytes:
-        if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-            raise OSError("packed by a method that cannot be unpacked in parts; needed deflate")
-        _refuse_large(member.file_size)
-        with archive.open(member) as file:
-            # With a number the packed bytes are unpacked no further than it, whatever they really hold.
-            return file.read(member.file_size + 1)
-
-    return read
-
-
-def _plain(path: pathlib.Path, member: tarfile.TarInfo) -> bool:
-    """Whether the member is a file (else it is a folder); refuses links, devices and files with holes."""
-    if member.isdir() or (member.isreg() and not member.issparse()):
-        return member.isreg()
-    raise UserError(
-        f"{path}: member {member.name!r} is a link, a device or a file with holes; needed plain files and "
-        f"folders. Make it again, without --sparse and with tar --dereference --hard-dereference."
-    )
-
-
-def _tar_reader(path: pathlib.Path, member: tarfile.TarInfo) -> Callable[[], bytes]:
-    def read() -> bytes:
-        _refuse_large(member.size)
-        # TarFile.extractfile shares one file position among all threads.
-        with path.open("rb") as file:
-            file.seek(member.offset_data)
-            content = file.read(member.size)
-        if len(content) < member.size:
-            raise OSError(f"{len(content)} of {member.size} bytes")
-        return content
-
-    return read

@@ -30,6 +30,7 @@ from maml.settings import UserError
 VERSION = 1  # part of the key: raise it when the layout or any decoder changes
 CHECKED_BYTES = 1 << 26  # pixel files up to this size are read and checked at every start
 SHOWN = 5  # bad or doubled images named in a message
+PROBLEM = 200  # characters of what is wrong with one: a decoder may quote the file
 
 Decode = Callable[[bytes | np.ndarray], np.ndarray]
 
@@ -128,7 +129,10 @@ def cache_dir() -> pathlib.Path:
     """$MAML_CACHE_DIR, or `maml` in the user's cache folder."""
     if os.environ.get("MAML_CACHE_DIR"):
         return pathlib.Path(os.environ["MAML_CACHE_DIR"])
-    return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "maml"
+    try:
+        return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "maml"
+    except RuntimeError as error:
+        raise UserError("image cache: found no home folder, needed one. Set MAML_CACHE_DIR.") from error
 
 
 def _refuse_open_to_all(folder: pathlib.Path) -> None:
@@ -194,7 +198,7 @@ def _report(name: str, index: dict, skip_bad_images: bool) -> None:
 def _bad_images(name: str, bad: list[str]) -> UserError:
     return UserError(
         f"{name}: {len(bad)} {'image' if len(bad) == 1 else 'images'} cannot be read: {_some(bad)}. "
-        f"Replace them, or leave them out with --skip_bad_images."
+        f"Needed all: replace them, or leave them out with --skip_bad_images."
     )
 
 
@@ -203,8 +207,7 @@ def _some(items: list[str]) -> str:
     return "; ".join(items[:SHOWN]) + more
 
 
-def _say(text: str) -> None:
-    # Names of files are in it, and whoever packed an archive may have put anything into those.
+def _say(text: str) -> None:  # names of files are in it, and so whatever their giver put there
     print("".join(c if c.isprintable() else "?" for c in text), file=sys.stderr, flush=True)
 
 
@@ -221,8 +224,7 @@ def _build_alone(
     _check(source)
     temporary = folder.with_name(folder.name + ".new")
     try:
-        # Private: what is in it may be nobody else's business, and nobody else's to change.
-        folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)  # nobody else's to read or change
         with _lock(folder.with_name(folder.name + ".lock"), source.name):
             if folder.is_dir():
                 try:
@@ -243,16 +245,15 @@ def _build_alone(
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise _no_space(source.name, folder.parent, _bytes(source, shape)) from error
         raise UserError(
-            f"cannot write the image cache {folder.parent} ({error.strerror or error}). "
-            f"Set MAML_CACHE_DIR to a folder that can be written."
+            f"cannot write the image cache {folder.parent} ({error.strerror or error}), needed for decoded "
+            f"images. Set MAML_CACHE_DIR to a folder that can be written."
         ) from error
 
 
 @contextlib.contextmanager
 def _lock(path: pathlib.Path, name: str) -> Iterator[None]:
     """Holds the file's lock, which the system lets go of if we die; waits for whoever holds it."""
-    # Neither truncated nor followed: should it be a link, then not one of ours.
-    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW  # a link would not be one of ours
     with open(path, "r+", opener=lambda name, _: os.open(name, flags, 0o666)) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -297,7 +298,7 @@ def _build(
                         raise UserError(
                             f"{source.name}: class {name} has no readable image, but "
                             f"{len(bad) - problems} bad ones: {_some(bad[problems:])}. "
-                            f"Replace them, or remove the class."
+                            f"Needed one at least: replace them, or remove the class."
                         )
                     pixels = b"".join(sorted(images) if order_by_pixels else images)
                     out.write(pixels)
@@ -353,7 +354,7 @@ def _read_and_decode(
     except Exception as error:  # decoders answer a broken file with anything from OSError to SyntaxError
         # Pillow names its buffer where it does not know the format, which helps nobody.
         text = "not an image" if "cannot identify image" in str(error) else str(error)
-        return None, b"", text or type(error).__name__
+        return None, b"", text[:PROBLEM] or type(error).__name__
 
 
 def _check(source: ImageSource) -> None:
@@ -367,7 +368,8 @@ def _check(source: ImageSource) -> None:
         for name, files in classes.items():
             if not files:
                 raise UserError(
-                    f"{source.name}: class {name} of {split} holds no images. Fill its folder, or remove it."
+                    f"{source.name}: class {name} of {split} holds no images, needed some. Fill its folder, "
+                    f"or remove it."
                 )
             if home.setdefault(name, split) != split:
                 raise UserError(

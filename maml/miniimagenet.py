@@ -12,7 +12,6 @@ import csv
 import functools
 import gzip
 import hashlib
-import io
 import os
 import pathlib
 import re
@@ -25,10 +24,10 @@ from PIL import Image
 from tqdm import tqdm
 
 from maml import safe_pickle
-from maml.file_tree import file_reader
+from maml.file_tree import read_file, read_part, tar_members
 from maml.image_cache import ImageFile, ImageSource
 from maml.settings import Settings, UserError
-from maml.sources import LazySplits
+from maml.sources import LazySplits, open_image, refuse_huge
 
 NAME = "mini-ImageNet"
 FOLDERS = ("miniimagenet", "mini_imagenet", "miniImagenet")  # the last is the original's
@@ -57,8 +56,8 @@ def decode(raw: bytes | np.ndarray, side: int = SIDE) -> np.ndarray:
     Squeezed to a square with Lanczos' filter, not cropped, as the paper's authors did; an orientation in the
     file's metadata is not looked at.
     """
-    source = Image.fromarray(raw) if isinstance(raw, np.ndarray) else Image.open(io.BytesIO(raw))
-    with source as image:
+    with open_image(raw) as image:
+        refuse_huge(image)
         small = image.convert("RGB")
     if small.size != (side, side):
         small = small.resize((side, side), Image.Resampling.LANCZOS)
@@ -85,9 +84,12 @@ def find(folders: Sequence[pathlib.Path], table: Table | None = None) -> ImageSo
             if any((folder / split).is_dir() for split in table):
                 return _class_folders(folder, table)
         except OSError as error:
-            raise UserError(f"{NAME}: {error.filename or folder}: {error.strerror or error}.") from error
+            raise UserError(
+                f"{NAME}: {error.filename or folder}: found {error.strerror or error}, needed to read it. "
+                f"Check the folder and the rights."
+            ) from error
     raise UserError(
-        f"{NAME}: not found in {' or '.join(str(folder) for folder in folders)}. Put there one of: {TAR} "
+        f"{NAME}: not found in {' or '.join(map(str, folders))}, but needed. Put there one of: {TAR} "
         f"(image-net.org, 138 GB; it is read as it is); or {', '.join(PICKLES.values())}; or folders "
         f"train/, val/ and test/ of class folders <wnid>/*.jpg. Another place: --data_dir."
     )
@@ -176,7 +178,7 @@ def _list_tar(path: pathlib.Path, table: Table) -> Splits:
                 member, offset, size = files[number - 1]
                 # The list's name first: it is what the images are sorted by, as in the other forms.
                 name = f"{wnid}{number:08d}.jpg ({path}!{wnid}.tar!{member})"
-                chosen.append(ImageFile(name, functools.partial(_read_part, path, offset, size)))
+                chosen.append(ImageFile(name, functools.partial(read_part, path, offset, size)))
     return splits
 
 
@@ -188,13 +190,13 @@ def _scan_synsets(path: pathlib.Path, wanted: set[str]) -> dict[str, dict[int, t
             tarfile.open(path, "r:") as outer,
             tqdm(desc=f"looking through {TAR}", total=len(wanted), unit="class", disable=None) as bar,
         ):
-            for synset in outer:
+            for synset in tar_members(outer):
                 wnid, dot, _ = synset.name.removeprefix("./").partition(".tar")
                 if not dot or wnid not in wanted or not _is_plain_file(synset):
                     continue
                 with outer.extractfile(synset) as file, tarfile.open(fileobj=file, mode="r:") as inner:
                     files = synsets.setdefault(wnid, {})
-                    for member in inner:
+                    for member in tar_members(inner):
                         match = re.fullmatch(rf"(?:\./)?({wnid}_(\d+)\.JPEG)", member.name)
                         if match and _is_plain_file(member):
                             offset = synset.offset_data + member.offset_data
@@ -202,25 +204,16 @@ def _scan_synsets(path: pathlib.Path, wanted: set[str]) -> dict[str, dict[int, t
                 bar.update()
                 if len(synsets) == len(wanted):
                     break
-    except (tarfile.TarError, OSError, EOFError) as error:
+    except Exception as error:  # a damaged archive can fail anywhere in any way
         raise UserError(
             f"{NAME}: {path}: unreadable, or cut short, after {len(synsets)} of {len(wanted)} classes "
-            f"({error}). Fetch it again (MD5 1d675b47d978889d74fa0da5fadfb00e)."
+            f"({error}), needed all. Fetch it again (MD5 1d675b47d978889d74fa0da5fadfb00e)."
         ) from error
     return synsets
 
 
 def _is_plain_file(member: tarfile.TarInfo) -> bool:
     return member.isreg() and not member.issparse()
-
-
-def _read_part(path: pathlib.Path, offset: int, size: int) -> bytes:
-    with path.open("rb") as file:
-        file.seek(offset)
-        data = file.read(size)
-    if len(data) != size:
-        raise OSError(f"{path} ends within the image")
-    return data
 
 
 # mini-imagenet-cache-*.pkl
@@ -232,7 +225,7 @@ def _pickles(folder: pathlib.Path, table: Table) -> ImageSource:
     if missing:
         raise UserError(
             f"{NAME}: {folder}: found {len(paths) - len(missing)} of the {len(paths)} files needed; "
-            f"missing: {', '.join(missing)}."
+            f"missing: {', '.join(missing)}. Put them there."
         )
     read = _one_at_a_time(_read_pickle)
     return ImageSource(
@@ -288,14 +281,17 @@ def _read_pickle(path: pathlib.Path) -> tuple[np.ndarray, dict[str, list[int]]]:
         classes = {
             safe_pickle.text(k): [int(row) for row in rows] for k, rows in contents["class_dict"].items()
         }
-    except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
+    except Exception as error:  # what a pickle holds can be anything
         raise UserError(
             f"{NAME}: {path}: needed a dictionary with image_data and class_dict "
-            f"({type(error).__name__}: {error}). Is it another set's file?"
+            f"({type(error).__name__}: {error}). Is it another set's file? Fetch the right one."
         ) from error
     if not isinstance(images, np.ndarray) or images.dtype != np.uint8 or images.shape[1:] != (SIDE, SIDE, 3):
         found = f"{images.dtype} {list(images.shape)}" if isinstance(images, np.ndarray) else type(images)
-        raise UserError(f"{NAME}: {path}: found image_data of {found}, needed uint8 [n, {SIDE}, {SIDE}, 3].")
+        raise UserError(
+            f"{NAME}: {path}: found image_data of {found}, needed uint8 [n, {SIDE}, {SIDE}, 3]. "
+            f"Fetch the file again."
+        )
     return images, classes
 
 
@@ -308,7 +304,8 @@ def _class_folders(folder: pathlib.Path, table: Table) -> ImageSource:
     for split, needed in table.items():
         if not (folder / split).is_dir():
             raise UserError(
-                f"{NAME}: {folder}: needed the folders {', '.join(table)}; there is no {folder / split}."
+                f"{NAME}: {folder}: needed the folders {', '.join(table)}; there is no {folder / split}. "
+                f"Put it there."
             )
         classes = splits.setdefault(split, {})
         for child in sorted((folder / split).iterdir()):
@@ -318,7 +315,8 @@ def _class_folders(folder: pathlib.Path, table: Table) -> ImageSource:
                 found = sorted((name, stat) for name, stat in found if not name.startswith("."))
                 stamps += [(child.name, name, stat.st_size, stat.st_mtime_ns) for name, stat in found]
                 classes[child.name] = [
-                    ImageFile(str(child / name), file_reader(child / name)) for name, _ in found
+                    ImageFile(str(child / name), functools.partial(read_file, child / name))
+                    for name, _ in found
                 ]
         _check_classes(folder / split, {wnid: len(files) for wnid, files in classes.items()}, needed)
     return ImageSource(name=NAME, fingerprint=_fingerprint("folders", stamps), splits=splits)

@@ -41,10 +41,13 @@ def load(path: pathlib.Path) -> Any:
             f"can run any code, so it was not loaded. Get the file from a source that you trust."
         ) from error
     except OSError as error:
-        raise UserError(f"{path}: unreadable ({error.strerror or error}).") from error
+        raise UserError(
+            f"{path}: unreadable ({error.strerror or error}), needed a pickle. Check the path and the rights."
+        ) from error
     except Exception as error:  # a damaged pickle can fail anywhere in any way
         raise UserError(
-            f"{path}: not a whole pickle ({type(error).__name__}: {_shown(error)}). Fetch the file again."
+            f"{path}: not a whole pickle ({type(error).__name__}: {_shown(error)}), needed one. "
+            f"Fetch the file again."
         ) from error
 
 

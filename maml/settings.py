@@ -7,7 +7,6 @@ This module imports nothing heavy: a mistyped flag is answered at once.
 import dataclasses
 import functools
 import hashlib
-import math
 import os
 import pathlib
 import re
@@ -15,16 +14,15 @@ from collections.abc import Sequence
 
 from absl import flags
 
+from maml import flag_parsing
+from maml.flag_parsing import LONGEST_PART, UserError
+
 FLAGS = flags.FLAGS
 
 DATASOURCES = ("sinusoid", "omniglot", "miniimagenet", "folder")
 NORMS = ("batch_norm", "layer_norm", "None")
 CHECKPOINTS = ("newest", "best")
 RANDOM = "random"
-
-
-class UserError(Exception):
-    """A mistake the user can mend; its text is the whole message (exit code 2, no traceback)."""
 
 
 def _define_flags(values: flags.FlagValues) -> None:
@@ -97,12 +95,12 @@ def _define_flags(values: flags.FlagValues) -> None:
     )
     string(
         "data_dir",
-        os.environ.get("MAML_DATA_DIR", "data"),
+        os.environ.get("MAML_DATA_DIR") or "data",
         "folder that holds the data sets, for instance omniglot/ (environment: MAML_DATA_DIR); for "
         "--datasource=folder the folder, .tar or .zip of {train,val,test}/<class>/* or <class>/* itself, "
         "where <class> may be several folders deep",
     )
-    integer("img_size", None, "side of the images in pixels (default: Omniglot 28, photographs 84)", 16)
+    integer("img_size", None, "side of the images in pixels (default: Omniglot 28, photographs 84)", 16, 4096)
     boolean("skip_bad_images", False, "leave out images that cannot be read instead of stopping")
     integer(
         "seed", 0, "seeds the weights, the class split and the episodes", lower_bound=0, upper_bound=2**31
@@ -133,9 +131,7 @@ def _define_flags(values: flags.FlagValues) -> None:
         "the same result bit for bit on a GPU too, at some cost in speed (on a CPU it is so anyway)",
     )
     integer("save_interval", 1000, "iterations between checkpoints (and validations)", lower_bound=1)
-    for name in ("meta_lr", "update_lr", "train_update_lr"):
-        message = f"--{name} needs a finite number"
-        flags.register_validator(name, math.isfinite, message, flag_values=values)
+    flag_parsing.explain(values.flags_by_module_dict()["maml.settings"])
 
 
 _define_flags(FLAGS)
@@ -280,12 +276,8 @@ def parse(arguments: Sequence[str]) -> Settings:
     """
     values = flags.FlagValues()
     _define_flags(values)
-    try:
-        rest = values(["maml", *arguments])
-    except (flags.Error, OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{error}.") from error
-    if len(rest) > 1:
-        raise UserError(f"found {' '.join(rest[1:])}, needed flags (--name=value).")
+    if rest := flag_parsing.read(values, arguments):
+        raise flag_parsing.not_flags(rest)
     return resolve(values)[0]
 
 
@@ -321,15 +313,21 @@ def resolve(values: flags.FlagValues = FLAGS) -> tuple[Settings, dict[str, objec
     if not given["transductive"] and given["norm"] != "batch_norm":
         raise UserError(
             f"--notransductive concerns batch norm; found --norm={given['norm']}, which treats every "
-            f"example by itself. Drop --notransductive."
+            f"example by itself, needed batch_norm. Drop --notransductive."
         )
-    return Settings(**given), paper
+    settings = Settings(**given)
+    if len(settings.run_name) > LONGEST_PART:
+        raise UserError(
+            f"found a run folder's name of {len(settings.run_name)} characters ({settings.run_name}), needed "
+            f"at most {LONGEST_PART}. Rename the folder of --data_dir."
+        )
+    return settings, paper
 
 
 def _refuse_nonsense(given: dict, present) -> None:
     if given["baseline"] == "oracle" and given["datasource"] != "sinusoid":
         raise UserError(
-            f"--baseline=oracle feeds amplitude and phase, which only the sinusoid has; found "
+            f"--baseline=oracle needs amplitude and phase, which only the sinusoid has; found "
             f"--datasource={given['datasource']}. Use --datasource=sinusoid or drop --baseline."
         )
     if not given["conv"] and given["max_pool"] and present("max_pool"):
@@ -338,31 +336,34 @@ def _refuse_nonsense(given: dict, present) -> None:
         raise UserError("--img_size needs images; found --datasource=sinusoid. Drop --img_size.")
     if given["datasource"] == "folder" and not present("data_dir"):
         raise UserError(
-            "--datasource=folder needs --data_dir=DIR, the folder of {train,val,test}/<class>/* or <class>/*."
+            "--datasource=folder needs --data_dir=DIR, the folder of {train,val,test}/<class>/* or "
+            "<class>/*; found none. Give it."
         )
     if given["train"]:
         for name in ("train_update_batch_size", "train_update_lr", "test_iter"):
             if given[name] != -1:
                 raise UserError(
-                    f"--{name} selects the run or checkpoint to test; found it with training on. "
+                    f"--{name} selects the run or checkpoint to test; found training on, needed it off. "
                     f"Add --train=False, or drop --{name}."
                 )
         if given["pretrain_iterations"] + given["metatrain_iterations"] == 0 and not given["init_from"]:
             raise UserError(
-                "nothing to train: found --pretrain_iterations=0 and --metatrain_iterations=0. "
+                "nothing to train: found --pretrain_iterations=0 and --metatrain_iterations=0, needed more. "
                 "Set one of them, or test with --train=False, or test other weights with --init_from "
                 "(--init_from=random: untrained ones)."
             )
     if given["checkpoint"] == "best" and given["test_iter"] != -1:
         raise UserError(
-            f"--checkpoint=best and --test_iter={given['test_iter']} both choose a checkpoint. Drop one."
+            f"found --checkpoint=best and --test_iter={given['test_iter']}, which both choose a checkpoint; "
+            f"needed one of them. Drop the other."
         )
     if given["train_update_batch_size"] == 0 or (
         given["train_update_lr"] < 0 and given["train_update_lr"] != -1
     ):
         raise UserError(
             "--train_update_batch_size and --train_update_lr need a value above 0, or -1 for the one in "
-            f"force; found {given['train_update_batch_size']} and {given['train_update_lr']}."
+            f"force; found {given['train_update_batch_size']} and {given['train_update_lr']}. Give one, or "
+            f"drop them."
         )
 
 

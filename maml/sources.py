@@ -3,6 +3,7 @@
 import functools
 import io
 import json
+import os
 import pathlib
 import re
 import shutil
@@ -10,6 +11,7 @@ import socket
 import sys
 import tempfile
 import urllib.request
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
@@ -29,6 +31,14 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".ti
 OTHER_SUFFIXES = (".txt", ".csv", ".tsv", ".md", ".rst", ".json", ".xml", ".html", ".ini", ".db", ".url")
 OTHER_NAMES = ("readme", "license", "licence", "copying", "citation", "makefile")
 SPLIT_LIKE = (*SPLITS, "training", "valid", "validation", "testing")  # whoever has these means splits
+
+# Of images. Pillow knows more, but one of those has Ghostscript run what is in the file, and others unpack
+# without a bound.
+FORMATS = ("AVIF", "BMP", "GIF", "ICO", "JPEG", "JPEG2000", "PCX", "PNG", "PPM", "TGA", "TIFF", "WEBP")
+MOST_PIXELS = 50_000_000  # of an image that has to be decoded whole
+
+# What Pillow warns of, a damaged or huge file, is either read or refused by name.
+warnings.filterwarnings("ignore", module="PIL")
 
 Classes = Mapping[str, list[ImageFile]]
 
@@ -90,9 +100,32 @@ def omniglot(data_dir: str | pathlib.Path) -> ImageSource:
 
 def decode_drawing(raw: bytes | np.ndarray, *, side: int) -> np.ndarray:
     """Ink 1 on paper 0, uint8 [side, side, 1], by nearest neighbour as Pillow resizes 1-bit images."""
-    with Image.open(io.BytesIO(raw)) as drawing:
+    with open_image(raw) as drawing:
+        refuse_huge(drawing)
         grey = np.asarray(drawing.convert("L").resize((side, side), Image.Resampling.NEAREST))
     return (grey < 128).astype(np.uint8)[..., None]
+
+
+def open_image(raw: bytes | np.ndarray) -> Image.Image:
+    """An encoded image, not yet decoded, or one that was decoded already."""
+    if isinstance(raw, np.ndarray):
+        return Image.fromarray(raw)
+    return Image.open(io.BytesIO(raw), formats=_formats())
+
+
+@functools.cache
+def _formats() -> tuple[str, ...]:
+    """Those of FORMATS that this Pillow knows."""
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
+def refuse_huge(image: Image.Image) -> None:
+    """A file of a few bytes can hold an image that fills the memory."""
+    if image.width * image.height > MOST_PIXELS:
+        raise ValueError(
+            f"{image.width}×{image.height} pixels, needed at most {MOST_PIXELS:,}; make it smaller"
+        )
 
 
 def _omniglot_part(folder: pathlib.Path, part: str) -> pathlib.Path | None:
@@ -167,8 +200,8 @@ def _tfds_classes(folder: pathlib.Path) -> dict[str, list[ImageFile]]:
                 files.append(ImageFile(f"{folder}: {name} no. {len(files):02d}", read))
     except Exception as error:  # whatever a damaged folder makes of it
         raise UserError(
-            f"{folder}: not readable by TensorFlow Datasets ({_brief(error)}). Delete the folder and prepare "
-            f"it again."
+            f"{folder}: not readable by TensorFlow Datasets ({_brief(error)}), needed a prepared data set. "
+            f"Delete the folder and prepare it again."
         ) from error
     return _whole_omniglot(classes, str(folder))
 
@@ -233,10 +266,10 @@ def _brief(error: Exception) -> str:
 
 def _omniglot_forms(data_dir: pathlib.Path) -> str:
     return (
-        f"Put one of these in {data_dir}: omniglot/ with images_background.zip and images_evaluation.zip "
+        f"Needed one of these in {data_dir}: omniglot/ with images_background.zip and images_evaluation.zip "
         f"(github.com/brendenlake/omniglot, folder python) or the folders in them; omniglot_resized/ with "
         f"<Alphabet>/<characterNN>/*.png; omniglot/ as tfds.load('omniglot', data_dir=…) prepares it. "
-        f"Or point --data_dir at the folder that holds it."
+        f"Put it there, or point --data_dir at the folder that holds it."
     )
 
 
@@ -254,8 +287,8 @@ def photographs(path: str | pathlib.Path) -> ImageSource:
         UserError: if there is no such folder, or (when the splits are looked at) if it is laid out otherwise.
     """
     path = pathlib.Path(path)
-    if not path.exists():
-        raise UserError(f"--data_dir: {path} not found. Give the folder that holds the class folders.")
+    if not os.path.exists(path):  # which, unlike pathlib's, answers whatever the path
+        raise UserError(f"--data_dir: {path} not found, needed the folder of the class folders. Give it.")
     if not path.is_dir() and path.suffix.lower() not in ARCHIVES:
         raise UserError(
             f"--data_dir: {path} is a file; needed a folder, or a .tar or .zip archive, with "
@@ -266,11 +299,11 @@ def photographs(path: str | pathlib.Path) -> ImageSource:
 
 def decode_photograph(raw: bytes | np.ndarray, *, side: int) -> np.ndarray:
     """The centre square as RGB, uint8 [side, side, 3]: upright, transparency over white, antialiased."""
-    source = Image.fromarray(raw) if isinstance(raw, np.ndarray) else Image.open(io.BytesIO(raw))
-    with source as image:
+    with open_image(raw) as image:
         # A JPEG much too large is decoded at half, a quarter, an eighth of its size, which saves most time.
         image.draft(None, (2 * side, 2 * side))
-        image = ImageOps.exif_transpose(image)
+        refuse_huge(image)
+        ImageOps.exif_transpose(image, in_place=True)
         if image.mode.startswith("I"):  # 16 bits of grey, which convert() would clip at 255
             image = Image.fromarray((np.clip(np.asarray(image), 0, 65535) // 257).astype(np.uint8))
         if image.mode == "F":
@@ -291,7 +324,7 @@ def _photo_splits(tree: FileTree) -> dict[str, Classes]:
     if not tops:
         raise UserError(
             f"{tree.name}: found no class folders. Needed {{train,val,test}}/<class>/* or <class>/*: one "
-            f"folder of images per class."
+            f"folder of images per class. Point --data_dir at the folder that holds them."
         )
     if tops.issuperset(SPLITS):
         return {split: _photo_classes(tree.below(split)) for split in SPLITS}
@@ -312,11 +345,16 @@ def _photo_classes(tree: FileTree) -> dict[str, list[ImageFile]]:
     holders = {folder.rpartition("/")[0] for folder in tree.folders}
     classes: dict[str, list[ImageFile]] = {name: [] for name in sorted(tree.folders - holders)}
     if not classes:
-        raise UserError(f"{tree.name}: found no class folders. Needed one folder of images per class.")
+        raise UserError(
+            f"{tree.name}: found no class folders. Needed one folder of images per class. Add them."
+        )
     for file, read in tree.files.items():
         folder, _, name = file.rpartition("/")
         if not folder and name.lower().endswith(IMAGE_SUFFIXES):
-            raise UserError(f"{tree.path(file)}: an image outside any class folder. Move it into one.")
+            raise UserError(
+                f"{tree.path(file)}: found an image outside any class folder, needed all in one. "
+                f"Move it there."
+            )
         if not folder or _no_image(name):
             continue
         if folder in holders:

@@ -18,7 +18,7 @@ from tests.test_cli import python
 from tests.test_miniimagenet import add
 from tests.test_sources import good, load, written
 
-LARGE = file_tree.LARGEST_FILE + 1
+LARGE = file_tree.LARGEST + 1
 
 
 @pytest.fixture(autouse=True)
@@ -128,7 +128,7 @@ def large(path) -> None:
     os.truncate(path, LARGE)  # no disk is filled
 
 
-@pytest.mark.parametrize(("make", "said"), [(pipe, "not a plain"), (endless, "not a plain"), (large, "most")])
+@pytest.mark.parametrize(("make", "said"), [(pipe, "not a"), (endless, "not a"), (large, "most")])
 @pytest.mark.parametrize("form", ["folder", "mini-ImageNet"])
 def test_what_cannot_be_read_to_its_end_is_a_bad_image(make, said, form, tmp_path, little_memory):
     written(tmp_path / "set", good())
@@ -148,7 +148,7 @@ def test_what_cannot_be_read_to_its_end_is_a_bad_image(make, said, form, tmp_pat
 def test_a_folder_that_holds_itself_is_refused(tmp_path):
     written(tmp_path / "set", good())
     (tmp_path / "set" / "val" / "val0" / "again").symlink_to(tmp_path / "set")
-    with pytest.raises(UserError, match=r"cannot be read \(Too many levels of symbolic links\)"):
+    with pytest.raises(UserError, match=r"again: found a link to a folder that it is in"):
         load(tmp_path / "set")
 
 

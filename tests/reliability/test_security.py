@@ -273,7 +273,7 @@ def test_a_path_out_of_an_archive_is_refused(kind, name, tmp_path, outside):
     else:
         zipped(path, (name, SECRET, 0o644))
     before = everything(tmp_path)
-    with pytest.raises(UserError, match=r"leads out of the archive. Do not trust this file"):
+    with pytest.raises(UserError, match=r"leads out of the archive.* Do not trust this file"):
         load(path)
     assert everything(tmp_path) == before
 

@@ -1,0 +1,184 @@
+"""What is said of mistyped flags and flagfiles: one line with what was found, what is needed, what to do.
+
+absl parses; its refusals name the flag and the value, and here they learn the rest.
+"""
+
+import difflib
+import itertools
+import math
+import os
+import re
+from collections.abc import Iterable, Iterator, Sequence
+
+from absl import flags
+
+LARGEST = 2**31 - 1  # of numbers: what TensorFlow's shapes can hold
+LONGEST_NAME = 100  # of a flag, in characters: absl looks for similar ones with a recursion as deep
+LONGEST_PART, LONGEST_PATH = 255, 3000  # bytes; the system's limits, with room for what we add to a path
+MOST_ARGUMENTS, DEEPEST, LARGEST_FILE = 10_000, 20, 1 << 20  # flagfiles: flags, files in files, bytes
+SHOWN, LONGEST_LINE = 400, 3000  # characters of a value, of a line of a message
+
+# What could forge or garble a line. A line feed before two blanks is a list of ours.
+CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028\u2029]|\n(?!  )")
+
+
+class UserError(Exception):
+    """A mistake the user can mend; its text is the whole message (exit code 2, no traceback)."""
+
+    def __init__(self, text: str):
+        """With what was found, what was needed and what to do; names in it cannot break or flood the line."""
+        lines = CONTROL.sub("?", text).split("\n")
+        super().__init__("\n".join(_shortened(line, LONGEST_LINE) for line in lines))
+
+
+class ExplainingParser(flags.ArgumentParser):
+    """Another parser, whose refusals say what is needed and what to do.
+
+    Beyond what that one refuses: numbers that are not finite or too large for TensorFlow, and paths that
+    cannot be meant or would not come back whole from the flagfile of a run.
+    """
+
+    def __init__(self, parser: flags.ArgumentParser, default: str):
+        self.syntactic_help = parser.syntactic_help
+        self._parser = parser
+        self._advice = f"give one, or drop the flag{f' (default: {default})' if default else ''}"
+
+    def parse(self, argument: object) -> object:
+        """The value of the argument; a ValueError with all there is to say if it has none."""
+        try:
+            value = self._parser.parse(argument)
+        except (TypeError, ValueError, OverflowError):
+            raise ValueError(f"needed {self._needed()}; {self._advice}") from None
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"needed {self._needed()}; {self._advice}")
+        if type(value) is int and abs(value) > max(LARGEST, self._parser.upper_bound or 0):
+            raise ValueError(f"needed {self._needed()} of at most {LARGEST}; {self._advice}")
+        if type(self._parser) is flags.ArgumentParser and (needed := _path_needed(value)):
+            raise ValueError(f"needed {needed}; {self._advice}")
+        return value
+
+    def flag_type(self) -> str:
+        """As the other's."""
+        return self._parser.flag_type()
+
+    def _needed(self) -> str:
+        if isinstance(self._parser, flags.BooleanParser):
+            return "true or false"
+        if isinstance(self._parser, flags.EnumParser):
+            return f"one of {', '.join(self._parser.enum_values)}"
+        what = self.syntactic_help.replace("number", "finite number")
+        return f"an {what}" if what.startswith("integer") else what
+
+
+def explain(defined: Iterable[flags.Flag]) -> None:
+    """Has the refusals of these flags say what is needed and what to do. All of text have to be paths."""
+    for flag in defined:
+        default = "" if flag.default is None else str(flag.default)
+        flag.parser = ExplainingParser(flag.parser, default.lower() if flag.boolean else default)
+
+
+def read(values: flags.FlagValues, arguments: Sequence[str]) -> list[str]:
+    """Parses arguments (without the program's name), those in flagfiles among them.
+
+    Returns:
+        The arguments that are not flags.
+
+    Raises:
+        UserError: if a flag or flagfile is not as it should be.
+    """
+    expanded = list(itertools.islice(_expanded(arguments, ()), MOST_ARGUMENTS + 1))
+    if len(expanded) > MOST_ARGUMENTS:
+        raise UserError(f"found more than {MOST_ARGUMENTS} arguments, needed fewer. Check the flagfiles.")
+    try:
+        return values(["maml", *expanded])[1:]
+    except flags.UnrecognizedFlagError as error:
+        similar = difflib.get_close_matches(error.flagname, list(values), n=1)
+        advice = f"Did you mean --{similar[0]}?" if similar else "Drop it."
+        raise UserError(f"found --{error.flagname}, needed flags of --helpshort. {advice}") from error
+    except (flags.Error, ValueError) as error:
+        text = str(error)
+        if "Missing value" in text:
+            text += ": found none, needed --name=value; give one, or drop the flag"
+        elif "does not take an argument" in text:
+            text += ": found one, needed --name, --noname, --name=true or --name=false; drop it"
+        elif "needed" not in text:
+            text += "; needed a value as --helpfull describes it; give one, or drop the flag"
+        raise UserError(f"{_shortened(text)}.") from error
+
+
+def not_flags(arguments: Sequence[str]) -> UserError:
+    """What is said of arguments where only flags are needed."""
+    return UserError(
+        f"found {_shortened(' '.join(arguments))}, needed flags (--name=value). Drop it, or write it so."
+    )
+
+
+def _expanded(arguments: Iterable[str], above: tuple[str, ...]) -> Iterator[str]:
+    """The arguments, with those of a flagfile in its place; `above` are the files that these are from."""
+    rest = iter(arguments)
+    for argument in rest:
+        if argument == "--":
+            yield from (argument, *rest)
+        elif directive := re.fullmatch(r"--?flagfile(?:=(.*))?", argument, re.DOTALL):
+            name = next(rest, "") if directive[1] is None else directive[1]
+            path = os.path.realpath(os.path.expanduser(name)) if "\0" not in name else name
+            if path in above:
+                raise UserError(
+                    f"--flagfile={name}: found in itself, needed an end. Remove it from {above[-1]}."
+                )
+            if len(above) >= DEEPEST:
+                raise UserError(
+                    f"--flagfile={name}: found in {len(above)} others, one in another; needed fewer. "
+                    f"Write them as one."
+                )
+            yield from _expanded(_lines(name), (*above, path))
+        elif argument.startswith("-") and len(argument.partition("=")[0]) > LONGEST_NAME:
+            raise UserError(f"found {_shortened(argument)}, needed flags of --helpshort. Drop it.")
+        else:
+            yield argument
+
+
+def _lines(name: str) -> list[str]:
+    """The arguments in a flagfile, one a line, without comments."""
+    try:
+        with open(os.path.expanduser(name), "rb") as file:
+            text = file.read(LARGEST_FILE + 1).decode("utf-8-sig")
+    except OSError as error:
+        found = "no file name" if not name else (error.strerror or str(error)).lower()
+        raise UserError(
+            f"--flagfile={_shortened(name)}: found {found}, needed a file with a flag (--name=value) on "
+            f"every line. Check the path."
+        ) from error
+    except ValueError:
+        text = "\0"
+    if "\0" in text or len(text) > LARGEST_FILE:
+        raise UserError(
+            f"--flagfile={_shortened(name)}: found something else than text, or more than {LARGEST_FILE} "
+            f"bytes; needed a flag (--name=value) on every line. Check the path."
+        )
+    lines = (line.strip() for line in text.split("\n"))
+    return [line for line in lines if line and not line.startswith(("#", "//"))]
+
+
+def _path_needed(value: str) -> str | None:
+    """What is needed instead of the value, if it cannot be a path that is meant."""
+    if not value.strip():
+        return "a path"
+    if value.startswith("-"):
+        return "a path, with ./ before one that begins with a dash"
+    if value.startswith("~"):
+        return "a path with $HOME in the place of ~, which shells leave as it is here"
+    if value != value.strip() or CONTROL.search(value) or "\n" in value:
+        return "a path without line breaks, control characters, or blanks around it"
+    try:
+        parts = [len(part) for part in value.encode().split(b"/")]
+    except UnicodeEncodeError:
+        return "a path in UTF-8"
+    if max(parts) > LONGEST_PART or sum(parts) + len(parts) > LONGEST_PATH:
+        return f"a path of at most {LONGEST_PATH} bytes, {LONGEST_PART} between slashes"
+    return None
+
+
+def _shortened(text: str, longest: int = SHOWN) -> str:
+    """The text with its middle left out if it is long."""
+    return text if len(text) <= longest else f"{text[: longest // 3]} … {text[-longest // 2 :]}"

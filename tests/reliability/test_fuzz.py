@@ -1,0 +1,56 @@
+"""A short run of the fuzzer, and that it would notice. `python -m tests.reliability.fuzz` is the long one."""
+
+import os
+import pathlib
+import re
+import tempfile
+
+import numpy as np
+import pytest
+
+from maml.settings import UserError
+from tests.reliability import fuzz
+
+
+@pytest.mark.parametrize("first", [0, 1, 2, 3], ids=["archives", "flags", "pickles", "pictures"])
+def test_damaged_input_works_or_is_refused(first, monkeypatch, cache_dir):
+    monkeypatch.setenv("MAML_CACHE_DIR", str(cache_dir))  # to have it back
+    kinds = set()
+    for seed in range(first, first + 4 * 50, 4):
+        with tempfile.TemporaryDirectory() as folder:
+            name, answer = fuzz.example(seed, pathlib.Path(folder))
+        assert answer.kind != fuzz.FINDING, f"seed {seed}, {name}: {answer.text}"
+        kinds.add(answer.kind)
+    assert kinds == {fuzz.WORKED, fuzz.REFUSED}
+
+
+def refuse(text: str):
+    raise UserError(text)
+
+
+def outside(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "escaped").write_text("x")
+
+
+NOTICED = {
+    "an exception": (lambda _: [][0], "IndexError"),
+    "a message of two lines": (lambda _: refuse("one\n  two"), "a message of"),
+    "a file": (outside, "escaped was written"),
+    "a program": (lambda _: os.system("true"), r"os\.system"),
+    "memory": (lambda _: np.ones(160_000_000).sum(), r"1,\d+ MB"),
+}
+
+
+@pytest.mark.parametrize("name", NOTICED)
+def test_what_should_not_happen_is_noticed(name, tmp_path):
+    feed, found = NOTICED[name]
+    answer = fuzz.examined(lambda: feed(tmp_path), tmp_path / "cache")
+    assert answer.kind == fuzz.FINDING
+    assert re.search(found, answer.text), answer
+
+
+def test_what_works_and_what_is_refused_are_told_apart(tmp_path):
+    (tmp_path / "cache").mkdir()
+    inside = tmp_path / "cache" / "file"
+    assert fuzz.examined(lambda: inside.write_text("x"), tmp_path / "cache") == (fuzz.WORKED, "")
+    assert fuzz.examined(lambda: refuse("found a, needed b"), tmp_path) == (fuzz.REFUSED, "found a, needed b")
