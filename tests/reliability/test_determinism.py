@@ -1,8 +1,8 @@
 """Same seed, same machine: same bits. And what else changes them, with the size of it.
 
-`python -m tests.reliability.test_determinism` prints the tables of docs/determinism.md (ten minutes on two
-cores; MAML_DATA_DIR names the folder that holds omniglot/). That a run which is stopped and gone on with has
-the bits of one that never stopped, and that its flagfile repeats it, is in tests/test_cli.py.
+`python -m tests.reliability.test_determinism` prints the tables of docs/determinism.md (in a quarter of an
+hour on two cores; MAML_DATA_DIR names the folder that holds omniglot/). That a run which is stopped and gone
+on with has the bits of one that never stopped, and that its flagfile repeats it, is in tests/test_cli.py.
 """
 
 import json
@@ -85,8 +85,11 @@ CHANGES = {
     "`--tasks_per_chunk=5`": (("--tasks_per_chunk=5",), ("--tasks_per_chunk=5",), {}, 2),
     "`--tasks_per_chunk=1`": (("--tasks_per_chunk=1",), ("--tasks_per_chunk=1",), {}, 2),
 }
-# Two hundred times the worst that was seen after 1 and after 10 iterations: see docs/determinism.md.
-LARGEST = {1: 1e-3, 10: 1e-2, 100: 1.0}
+# Some times what was seen: see docs/determinism.md, also for why images are so far from the sinusoid.
+LARGEST = {
+    "sinusoid": {1: 1e-6, 10: 1e-5, 100: 1e-4},
+    "Omniglot 5-way 1-shot": {1: 5e-3, 10: 0.2, 100: 1.0},
+}
 
 
 def weights(run: pathlib.Path, iteration: int) -> np.ndarray:
@@ -137,14 +140,14 @@ def table(workload: str, found: dict[str, dict[int, float]]) -> str:
 
 @pytest.mark.long
 @pytest.mark.parametrize("workload", WORKLOADS)
-def test_what_changes_the_bits_changes_them_little(workload, tmp_path, request):
+def test_what_changes_the_bits_by_how_much(workload, tmp_path, request):
     if workload != "sinusoid":
         request.getfixturevalue("data_dir")
     found = differences(workload, tmp_path)
     print("\n" + table(workload, found))
-    assert set(found["nothing"].values()) == {0.0}
+    assert {*found["nothing"].values(), *found["one core (`taskset -c 0`)"].values()} == {0.0}
     for change, sizes in found.items():
-        assert all(sizes[i] < LARGEST[i] for i in AFTER), (change, sizes)
+        assert all(sizes[i] < LARGEST[workload][i] for i in AFTER), (change, sizes)
 
 
 if __name__ == "__main__":
