@@ -77,7 +77,7 @@ def open_tree(path: pathlib.Path) -> FileTree:
             readers = {
                 member.name: functools.partial(read_part, path, member.offset_data, member.size)
                 for member in listed
-                if member.isfile()
+                if _is_plain(path, member)
             }
         else:
             raise UserError(f"{path}: a file; needed a folder, a .tar or a .zip archive. Unpack it first.")
@@ -159,9 +159,23 @@ def _refuse_huge(size: int) -> None:
         raise OSError(f"{size:,} bytes, needed at most {LARGEST:,}")
 
 
+def _is_plain(path: pathlib.Path, member: tarfile.TarInfo) -> bool:
+    """Whether the member is a file (else it is a folder); refuses what would be missed without a word."""
+    if not member.isdir() and (not member.isreg() or member.issparse()):
+        raise UserError(
+            f"{path}: member {member.name!r} is a link, a device or a file with holes; needed plain files "
+            f"and folders. Make it again, without --sparse and with tar --dereference --hard-dereference."
+        )
+    return member.isreg()
+
+
 def _read_zipped(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> bytes:
+    if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise OSError("packed by a method that cannot be unpacked in parts, needed deflate")
     _refuse_huge(member.file_size)
-    return archive.read(member)
+    with archive.open(member) as file:
+        # With a number the packed bytes are unpacked no further than it, whatever they really hold.
+        return file.read(member.file_size + 1)
 
 
 def _unreadable(path: pathlib.Path, error: OSError) -> UserError:

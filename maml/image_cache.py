@@ -132,9 +132,7 @@ def cache_dir() -> pathlib.Path:
     try:
         return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "maml"
     except RuntimeError as error:
-        raise UserError(
-            "no place for the image cache: found no home folder, needed one. Set MAML_CACHE_DIR to a folder."
-        ) from error
+        raise UserError("image cache: found no home folder, needed one. Set MAML_CACHE_DIR.") from error
 
 
 def _refuse_open_to_all(folder: pathlib.Path) -> None:
@@ -209,8 +207,7 @@ def _some(items: list[str]) -> str:
     return "; ".join(items[:SHOWN]) + more
 
 
-def _say(text: str) -> None:
-    # Names of files are in it, and whoever packed an archive may have put anything into those.
+def _say(text: str) -> None:  # names of files are in it, and so whatever their giver put there
     print("".join(c if c.isprintable() else "?" for c in text), file=sys.stderr, flush=True)
 
 
@@ -227,8 +224,7 @@ def _build_alone(
     _check(source)
     temporary = folder.with_name(folder.name + ".new")
     try:
-        # Private: what is in it may be nobody else's business, and nobody else's to change.
-        folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)  # nobody else's to read or change
         with _lock(folder.with_name(folder.name + ".lock"), source.name):
             if folder.is_dir():
                 try:

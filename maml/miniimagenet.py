@@ -275,6 +275,9 @@ def _read_pickle(path: pathlib.Path) -> tuple[np.ndarray, dict[str, list[int]]]:
     try:
         contents = {safe_pickle.text(key): value for key, value in contents.items()}
         images = contents["image_data"]
+        counted = sum(len(rows) for rows in contents["class_dict"].values())
+        if counted > len(images):  # one list for all classes would be copied for each
+            raise ValueError(f"{counted} rows of classes for {len(images)} images")
         classes = {
             safe_pickle.text(k): [int(row) for row in rows] for k, rows in contents["class_dict"].items()
         }

@@ -2,6 +2,7 @@
 
 import functools
 import io
+import json
 import os
 import pathlib
 import re
@@ -185,6 +186,7 @@ def _tfds_classes(folder: pathlib.Path) -> dict[str, list[ImageFile]]:
     import tensorflow_datasets as tfds  # takes seconds
 
     classes: dict[str, list[ImageFile]] = {}
+    _refuse_code(folder)
     try:
         builder = tfds.builder_from_directory(folder)
         alphabets = builder.info.features["alphabet"].names
@@ -202,6 +204,34 @@ def _tfds_classes(folder: pathlib.Path) -> dict[str, list[ImageFile]]:
             f"Delete the folder and prepare it again."
         ) from error
     return _whole_omniglot(classes, str(folder))
+
+
+def _refuse_code(folder: pathlib.Path) -> None:
+    """Raises UserError if features.json names a class that is not TensorFlow Datasets' own.
+
+    It would import the module of any class that is named there, and so run whatever lies in the folder.
+    """
+
+    def classes(node: object) -> Iterator[object]:
+        children = (
+            node.items() if isinstance(node, dict) else enumerate(node if isinstance(node, list) else ())
+        )
+        for key, child in children:
+            hidden = isinstance(child, str) and "{" in child  # an old form has JSON in its texts
+            if hidden or key in ("pythonClassName", "python_class_name", "type"):
+                yield child
+            yield from classes(child)
+
+    path = folder / "features.json"
+    try:
+        named = list(classes(json.loads(path.read_bytes()))) if path.exists() else []
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: unreadable ({_brief(error)}). Prepare the data set again.") from error
+    if foreign := [name for name in named if not str(name).startswith("tensorflow_datasets.")]:
+        raise UserError(
+            f"{path}: found the class {foreign[0]!r}, needed TensorFlow Datasets' own. It would be run, so "
+            f"it was not loaded. Get the folder from a source that you trust."
+        )
 
 
 def _fetched(data_dir: pathlib.Path) -> pathlib.Path:
