@@ -118,7 +118,7 @@ def fingerprint(*paths: pathlib.Path) -> str:
 
 def read_file(path: pathlib.Path) -> bytes:
     """The contents of a file of a sensible size; OSError if it is something else, which could be endless."""
-    status = path.stat()
+    status = os.stat(path)  # a path of TensorFlow Datasets has a stat() of its own
     if not stat.S_ISREG(status.st_mode):
         raise OSError("not a file")
     _refuse_huge(status.st_size)
