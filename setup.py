@@ -16,7 +16,7 @@ setuptools.setup(
     long_description_content_type="text/markdown",
     license="MIT",
     python_requires=">=3.11",
-    keywords=["MAML", "meta-learning", "few-shot learning", "TensorFlow", "Keras", "Omniglot", "mini-ImageNet"],
+    keywords=["MAML", "meta-learning", "few-shot learning", "TensorFlow", "Keras", "Omniglot"],
     project_urls={
         "The paper": "https://arxiv.org/abs/1703.03400",
         "The original code": "https://github.com/cbfinn/maml",
