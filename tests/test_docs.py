@@ -70,14 +70,17 @@ def all_names() -> set[str]:
 
 
 def bound(tree: ast.Module | ast.ClassDef) -> set[str]:
-    """What can be had from a module or class by a dot."""
-    stored = {
-        node.attr if isinstance(node, ast.Attribute) else node.id
-        for part in (tree.body if isinstance(tree, ast.Module) else [tree])
-        for node in ([] if isinstance(tree, ast.Module) and hasattr(part, "body") else ast.walk(part))
-        if isinstance(node, ast.Attribute | ast.Name) and isinstance(node.ctx, ast.Store)
-    }
-    return stored | {node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    """What can be had from a module or class by a dot; of a class, what its methods set as well."""
+    found = set()
+    for statement in tree.body:
+        if isinstance(statement, ast.FunctionDef | ast.ClassDef):
+            found.add(statement.name)
+            kind, field = ast.Attribute, "attr"  # self.x = …
+        else:
+            kind, field = ast.Name, "id"
+        stored = (node for node in ast.walk(statement) if isinstance(getattr(node, "ctx", None), ast.Store))
+        found |= {getattr(node, field) for node in stored if isinstance(node, kind)}
+    return found
 
 
 @functools.cache
@@ -140,7 +143,9 @@ def wrong_in(text: str) -> list[str]:
     modules = re.findall(r"python -m ([\w.]+)", text)
     wrong += [m for m in modules if m not in OTHER_MODULES and not is_module(m)]
     if "pytest" not in modules:
-        wrong += [f for f in re.findall(r"(?<![\w-])--(\w+)", text) if not {f, f[2:]} & all_flags()]
+        wrong += [
+            f for f in re.findall(r"(?<![\w-])--(\w+)", text) if not {f, f.removeprefix("no")} & all_flags()
+        ]
     if not wrong and not is_path(text) and not is_name(re.sub(r"\(.*\)$", "", text)):
         wrong.append(text)
     return wrong
@@ -196,6 +201,7 @@ def test_what_a_page_names_exists(page):
         "nothing_of_this_name.json",
         "--nothing",
         "--no_such_flag=3",
+        "--myseed",
         "python main.py --datasource=omniglot --nothing",
         "python main.py --flagfile=flags/nothing.flags",
         "python -m maml.nothing",
