@@ -29,6 +29,7 @@ setuptools.setup(
         "Programming Language :: Python :: 3 :: Only",
         "Programming Language :: Python :: 3.11",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
     ],
     packages=["maml", "maml.mini_imagenet", "maml.flagfiles"],
     package_dir={"maml.mini_imagenet": "data/mini_imagenet", "maml.flagfiles": "flags"},
@@ -39,8 +40,8 @@ setuptools.setup(
     },
     install_requires=[
         "absl-py>=2",
-        "importlib_resources",  # tensorflow-datasets 4.9.10 uses it without asking for it
         "filelock>=3.20.1",
+        "importlib_resources",  # tensorflow-datasets 4.9.10 uses it without asking for it
         "keras>=3.10",
         "matplotlib>=3.8",
         "numpy>=1.26",
