@@ -6,7 +6,7 @@ import signal
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 from absl import app, logging
 
@@ -94,7 +94,7 @@ def put_off_interruption() -> Iterator[Stop]:
     In a thread other than the main one, which gets no signals, nothing is changed.
     """
     stop = Stop()
-    before: dict[int, Callable] = {}
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def note(number: int, frame: object) -> None:
         if stop.signal is not None:
@@ -102,12 +102,18 @@ def put_off_interruption() -> Iterator[Stop]:
         stop.signal = number
         os.write(2, b"\nfinishing the iteration and saving; once more to stop at once\n")
 
-    if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGINT, signal.SIGTERM):
-            if callable(signal.getsignal(number)):  # not where it is ignored, or ends the process
-                before[number] = signal.signal(number, note)
-    try:
+    main = threading.current_thread() is threading.main_thread()
+    # Not where a signal is ignored, or ends the process.
+    with handlers({number: note for number, handler in before.items() if main and callable(handler)}):
         yield stop
+
+
+@contextlib.contextmanager
+def handlers(of: Mapping[int, Callable]) -> Iterator[None]:
+    """Within it signals are answered by these."""
+    before = {number: signal.signal(number, handler) for number, handler in of.items()}
+    try:
+        yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

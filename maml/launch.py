@@ -5,11 +5,11 @@ import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from maml import results
-from maml.command import DONE, INTERRUPTED, TERMINATED, Terminated
+from maml.command import DONE, INTERRUPTED, TERMINATED, Terminated, handlers
 from maml.settings import FLAGS, Settings, UserError, parse
 
 
@@ -65,16 +65,9 @@ def result(job: Job, title: str) -> dict:
     return results.find(job.settings)
 
 
-@contextlib.contextmanager
-def _signals_left_to(run: subprocess.Popen) -> Iterator[None]:
+def _signals_left_to(run: subprocess.Popen) -> contextlib.AbstractContextManager:
     """Ctrl-C reaches this process and the run, SIGTERM is passed on; only the run acts on them.
 
     It says so by its exit code.
     """
-    handlers = {signal.SIGINT: lambda *_: None, signal.SIGTERM: lambda *_: run.terminate()}
-    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    return handlers({signal.SIGINT: lambda *_: None, signal.SIGTERM: lambda *_: run.terminate()})

@@ -85,7 +85,7 @@ class Run:
                 self._go_on(there)
             if self.chief:
                 with self.writing("begin"):
-                    self._begin_files(first_episode, begun=bool(there))
+                    self._begin_files(first_episode, there)
         except BaseException:
             self.end()
             raise
@@ -120,17 +120,17 @@ class Run:
                 f"written to. Give another."
             ) from error
 
-    def _begin_files(self, first_episode: Episode, begun: bool) -> None:
+    def _begin_files(self, first_episode: Episode, there: list[int]) -> None:
         digest = hashlib.sha256(b"".join(field.numpy().tobytes() for field in first_episode)).hexdigest()
         data = self.dir / "data"
-        if begun and data.is_file() and data.read_text(encoding="utf-8").strip() != digest:
+        if there and data.is_file() and data.read_text(encoding="utf-8").strip() != digest:
             raise UserError(
                 f"{self.dir} was trained on other data than --data_dir={self.settings.data_dir} now holds: "
                 f"its first episode differs. Give the run's data, or another --logdir."
             )
         write_whole(data, digest + "\n")
         iteration = int(self.iteration)
-        if max(saved_iterations(self.dir), default=0) <= self.settings.iterations:
+        if max(there, default=0) <= self.settings.iterations:
             write_whole(self.dir / "flags", as_flagfile(self.settings))
             # What a killed process wrote after its last checkpoint comes again.
             validated = {0, *validations(self.dir)}
@@ -232,20 +232,16 @@ class Run:
         """Writes TensorBoard scalars at the present iteration to "train" or "validation"."""
         if not (self.settings.log and self.chief):
             return
-        with self.writing("write TensorBoard's events"):
-            with self._writer(writer).as_default(step=int(self.iteration)):
-                for tag, value in scalars.items():
-                    tf.summary.scalar(tag, value)
-            self._writer(writer).flush()
+        with self._events(writer):
+            for tag, value in scalars.items():
+                tf.summary.scalar(tag, value)
 
     def write_picture(self, writer: str, tag: str, png: pathlib.Path) -> None:
         """Shows a PNG file in TensorBoard."""
         if not self.settings.log:
             return
-        with self.writing("write TensorBoard's events"):
-            with self._writer(writer).as_default(step=int(self.iteration)):
-                tf.summary.image(tag, tf.io.decode_png(png.read_bytes(), channels=3)[tf.newaxis])
-            self._writer(writer).flush()
+        with self._events(writer):
+            tf.summary.image(tag, tf.io.decode_png(png.read_bytes(), channels=3)[tf.newaxis])
 
     def _best(self, among: list[int]) -> int:
         ranked = self._ranked(among)
@@ -321,10 +317,15 @@ class Run:
                 f"Give its settings (--flagfile={self.dir / 'flags'}) or another --logdir."
             )
 
-    def _writer(self, name: str) -> tf.summary.SummaryWriter:
-        if name not in self._writers:
-            self._writers[name] = tf.summary.create_file_writer(str(self.dir / name))
-        return self._writers[name]
+    @contextlib.contextmanager
+    def _events(self, writer: str) -> Iterator[None]:
+        """Summaries made in it go to that writer, at the present iteration, and to the disk."""
+        with self.writing("write TensorBoard's events"):
+            if writer not in self._writers:
+                self._writers[writer] = tf.summary.create_file_writer(str(self.dir / writer))
+            with self._writers[writer].as_default(step=int(self.iteration)):
+                yield
+            self._writers[writer].flush()
 
 
 def _restored(checkpoint: tf.train.Checkpoint, path: pathlib.Path, advice: str):

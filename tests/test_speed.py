@@ -2,10 +2,7 @@
 
 import dataclasses
 import json
-import os
-import pathlib
 import subprocess
-import sys
 
 import keras
 import numpy as np
@@ -19,8 +16,7 @@ from benchmarks.speed_worker import agreement, input_shape, matmul_flops, random
 from maml import build
 from maml.networks import conv4
 from maml.settings import Settings
-
-ROOT = pathlib.Path(__file__).parent.parent
+from tests.test_cli import python
 
 # name: (settings of a small task of the kind, TASKS of them)
 SMALL = {
@@ -184,13 +180,7 @@ def test_a_graph_that_grows_is_seen():
 
 
 def run(*arguments: str, expect: int = 0) -> subprocess.CompletedProcess:
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("TF_")}
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.speed", *arguments],
-        cwd=ROOT, capture_output=True, text=True, timeout=600, env=environment,
-    )  # fmt: skip
-    assert done.returncode == expect, done.stdout + done.stderr
-    return done
+    return python("-m", "benchmarks.speed", *arguments, expect=expect, timeout=600)
 
 
 def test_the_command_measures_and_writes_what_it_promises(tmp_path):
