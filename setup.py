@@ -19,6 +19,7 @@ setuptools.setup(
     packages=["maml", "maml.mini_imagenet", "maml.flagfiles"],
     package_dir={"maml.mini_imagenet": "data/mini_imagenet", "maml.flagfiles": "flags"},
     package_data={
+        "maml": ["py.typed"],
         "maml.flagfiles": ["*.flags", "sweeps/*.flags"],
         "maml.mini_imagenet": ["splits/*", "*.bib", "*.md", "*.tsv", "*.txt"],
     },
