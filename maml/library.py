@@ -223,7 +223,7 @@ class Learner:
         others = self.model.non_trainable_variables
         values |= {id(v): value for v, value in zip(others, state, strict=True)}
         adapted = keras.models.clone_model(self.model)
-        if not adapted.built:  # a class of one's own
+        if len(adapted.variables) < len(self.model.variables):  # a class of one's own, not built yet
             adapted(episode.support_x[:1])
         for variable, own in zip(adapted.variables, self.model.variables, strict=True):
             variable.assign(values[id(own)])
