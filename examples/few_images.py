@@ -1,7 +1,8 @@
 """A classifier of a few images, kept as a Keras file: `python -m examples.few_images DATA_DIR adapted.keras`.
 
 Meta-trains on Omniglot (in DATA_DIR, see data/README.md), adapts to one drawing each of five characters never
-seen before, saves what comes of it, and has the file tell fifteen more drawings of each apart. Any images in
+seen before, has what comes of it tell fifteen more drawings of each apart, and saves it. Keras loads the file
+again in a program that has `from maml import BatchNorm`, which makes that layer known to it. Any images in
 class folders will do: `maml.datasets.load_photographs(maml.sources.photographs(DIR), seed=0, side=84)`.
 """
 
@@ -9,12 +10,12 @@ import sys
 
 import keras
 
-from maml import EpisodeSpec, Learner, conv4, cross_entropy, load_model
+from maml import EpisodeSpec, Learner, conv4, cross_entropy
 from maml.datasets import load_omniglot
 
 
 def main(data_dir: str, path: str, iterations: int = 500) -> float:
-    """Prints and returns the accuracy of the saved classifier on the new drawings."""
+    """Saves the classifier, and prints and returns its accuracy on the new drawings."""
     keras.utils.set_random_seed(0)
     images = load_omniglot(data_dir, seed=0)
     learner = Learner(conv4((28, 28, 1), 5, filters=32), cross_entropy(1), inner_lr=0.4)
@@ -22,9 +23,8 @@ def main(data_dir: str, path: str, iterations: int = 500) -> float:
     learner.fit(images, spec=spec, iterations=iterations, meta_batch=16)
 
     task = images.sample(spec._replace(query=15), "test", [0])
-    learner.adapt(task.support_x[0], task.support_y[0], steps=3).save(path)
-
-    classifier = load_model(path)  # in another program, too
+    classifier = learner.adapt(task.support_x[0], task.support_y[0], steps=3)
+    classifier.save(path)
     found = classifier.predict(task.query_x[0], verbose=0).argmax(axis=-1)
     accuracy = float((found == task.query_y[0]).mean())
     print(f"{path}: {100 * accuracy:.0f} % of {len(found)} drawings right, from one of each character")

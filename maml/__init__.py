@@ -32,7 +32,6 @@ _HOMES = {
     "UserError": "errors",
     "conv4": "networks",
     "cross_entropy": "learner",
-    "load_model": "library",
     "mean_squared_error": "learner",
     "mlp": "networks",
 }
@@ -48,7 +47,6 @@ if TYPE_CHECKING:
     from maml.learner import cross_entropy as cross_entropy
     from maml.learner import mean_squared_error as mean_squared_error
     from maml.library import Learner as Learner
-    from maml.library import load_model as load_model
     from maml.networks import BatchNorm as BatchNorm
     from maml.networks import LayerNorm as LayerNorm
     from maml.networks import LayerNormalization as LayerNormalization

@@ -34,8 +34,6 @@ BLOCK = 100  # iterations per call where tasks are batched, as in `maml.train`
 BATCHED = ("InputLayer", "Dense", "Flatten", "Activation", "ReLU", "Rescaling", "Dropout", "Embedding")
 BATCHED += ("GlobalAveragePooling1D", "BatchNorm", "LayerNorm", "LayerNormalization")
 
-load_model = keras.models.load_model  # this module's import has registered maml's layers
-
 
 class Learner:
     """A Keras model and how it is meta-learned; the model's weights are the initialisation θ."""
@@ -194,11 +192,10 @@ class Learner:
     ) -> keras.Model:
         """A copy of the model, adapted to a support set; deterministic.
 
-        The copy is a Keras model of its own: it predicts, and can be saved as `.keras` (load it with
-        `maml.load_model`). Its BatchNorm layers normalise by the statistics of the support set under the
-        adapted weights, so that a prediction does not depend on the other inputs, as
-        `evaluate(transductive=False)` measures. (After training it further on, by `fit` of Keras, they
-        have those of the last batch.)
+        The copy is a Keras model of its own: it predicts, and can be saved as `.keras`, which Keras loads
+        once something has been imported from maml, so that it knows maml's layers. Its BatchNorm layers
+        normalise by the statistics of the support set under the adapted weights, so that a prediction does
+        not depend on the other inputs: what `evaluate(transductive=False)` measures.
 
         Args:
             support_x: inputs [n, …].
