@@ -54,7 +54,8 @@ class Learner:
         jit_compile: bool | None = None,
         tasks_per_chunk: int | None = None,
     ):
-        """Wraps a built model: Sequential, functional, or of a class that has `get_config`.
+        """Wraps a built model: Sequential, functional, or of a class that has `get_config` and
+        whose `call` takes `training`.
 
         Training changes the weights of the model itself or, with `swap_norms`, of `learner.model`. All
         trainable weights are meta-learned, and all adapted, but those of layers with an attribute

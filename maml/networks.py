@@ -39,7 +39,7 @@ class BatchNorm(keras.layers.Layer):
 
     As in the original: biased variance, epsilon 1e-3, no scale, no moving statistics. β is
     meta-learned and not adapted in the inner loop. The statistics of the last batch are kept, and
-    `training=False` normalises by them, except within `batch_statistics`: a query by the support set's,
+    without `training` it normalises by them, except within `batch_statistics`: a query by the support set's,
     where the original uses the query set's own (see `Maml.predict`).
     """
 
@@ -53,7 +53,7 @@ class BatchNorm(keras.layers.Layer):
         self.variance = self.add_weight(shape=channels, initializer="ones", trainable=False, name="variance")
 
     def call(self, x, training=None):
-        if training is False and not _BY_BATCH.get():
+        if not training and not _BY_BATCH.get():
             return (x - self.mean) * tf.math.rsqrt(self.variance + self.epsilon) + self.beta
         rows = tf.reshape(x, (-1, x.shape[-1]))
         mean = _mean(rows, 0)

@@ -78,8 +78,9 @@ def test_a_convolution_trains_as_the_program_does():
     measures = [theirs.meta_step(tf.nest.map_structure(tf.constant, batch)) for batch in batches]
     for name in ("query_loss", "query_accuracy", "gradient_norm"):
         np.testing.assert_allclose(history[name], [m[name] for m in measures], rtol=1e-3)
-    for one, other in zip(clone.get_weights(), theirs.network.get_weights(), strict=True):
-        np.testing.assert_allclose(one, other, rtol=0, atol=2e-4)
+    for one, other in zip(clone.trainable_variables, theirs.network.trainable_variables, strict=True):
+        if not ("conv" in other.path and other.name == "bias"):  # batch norm leaves those noise alone
+            np.testing.assert_allclose(one, other, rtol=0, atol=2e-4)
 
 
 # --- Adapting -----------------------------------------------------------------------------------------
@@ -134,6 +135,7 @@ def test_no_steps_take_the_statistics_alone_and_a_wild_step_is_told():
         np.testing.assert_array_equal(one, other)
     needed = learner.maml.predict(learner.maml.weights(), tf.cast(x, tf.float32))
     np.testing.assert_allclose(adapted.predict(x, verbose=0), needed, rtol=1e-5, atol=1e-6)
+    learner = Learner(network("dense", 1), "mse", inner_lr=1e30)
     with pytest.raises(Failure, match="not finite after 5 steps of α = 1e"):
         learner.adapt(x, y, steps=5)
     with pytest.raises(UserError, match="steps=-1"):

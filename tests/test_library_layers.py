@@ -274,7 +274,7 @@ class Own(keras.Model):
         super().__init__(**options)
         self.width, self.hidden, self.head = width, L.Dense(width, activation="tanh"), L.Dense(WAY)
 
-    def call(self, x):
+    def call(self, x, training=None):
         return self.head(self.hidden(x))
 
     def get_config(self):
