@@ -43,10 +43,12 @@ KINDS: dict[str, tuple[tuple[int, ...], Callable[[], list[L.Layer]], bool]] = {
 
 @pytest.fixture
 def float64():
-    before = keras.config.floatx()
+    before = keras.config.floatx(), keras.config.dtype_policy()
     keras.config.set_floatx("float64")
+    keras.config.set_dtype_policy("float64")
     yield
-    keras.config.set_floatx(before)
+    keras.config.set_floatx(before[0])
+    keras.config.set_dtype_policy(before[1])
 
 
 def network(kind: str, outputs: int = WAY) -> keras.Model:
@@ -106,7 +108,8 @@ def test_the_meta_gradient_is_the_finite_difference_and_the_same_batched(kind, f
     learner = Learner(network(kind), LOGITS, inner_lr=0.2, inner_steps=2)
     assert learner.maml.tasks.vectorize == KINDS[kind][2]
     tasks = meta_batch(learner, kind)
-    gradient, _ = tf.function(learner.maml.meta_gradient, jit_compile=learner.maml.tasks.jit_compile)(tasks)
+    exact = learner.maml.tasks.jit_compile and kind not in ("dropout", "embedding")  # XLA draws other noise
+    gradient, _ = tf.function(learner.maml.meta_gradient, jit_compile=exact)(tasks)
     learner.maml.tasks.vectorize = False
     single, _ = learner.maml.meta_gradient(tasks)
     for one, other in zip(gradient, single, strict=True):
@@ -150,7 +153,7 @@ def test_what_is_refused_would_be_wrong_and_only_in_second_order(make, first_ord
         function = query_loss(learner, tasks)
     gradient, _ = learner.meta_gradient(tasks)
     worst = max(deviations(learner, gradient, function, np.random.default_rng(0)))
-    assert worst <= TOLERANCE if first_order else worst > 1e-3
+    assert worst <= TOLERANCE if first_order else worst > 100 * TOLERANCE, worst
 
 
 @pytest.mark.parametrize("options", [{}, {"axis": [1, 2]}, {"axis": 1, "center": False}, {"scale": False}])
