@@ -26,7 +26,7 @@ def main(data_dir: str, path: str, iterations: int = 500) -> float:
     classifier = learner.adapt(task.support_x[0], task.support_y[0], steps=3)
     classifier.save(path)
     found = classifier.predict(task.query_x[0], verbose=0).argmax(axis=-1)
-    accuracy = float((found == task.query_y[0]).mean())
+    accuracy = float((found == task.query_y[0].numpy()).mean())
     print(f"{path}: {100 * accuracy:.0f} % of {len(found)} drawings right, from one of each character")
     return accuracy
 

@@ -20,7 +20,7 @@ LOGITS = keras.losses.SparseCategoricalCrossentropy(from_logits=True, dtype="flo
 # name: (shape of an input, layers before the head, whether all tasks run as one); smooth, for differences.
 KINDS: dict[str, tuple[tuple[int, ...], Callable[[], list[L.Layer]], bool]] = {
     "dense": ((4,), lambda: [L.Dense(5, activation="tanh")], True),
-    "layer_normalization": ((4,), lambda: [L.Dense(5), LayerNormalization(), L.Activation("tanh")], True),
+    "layer_normalization": ((4,), lambda: [L.Dense(5, activation="tanh"), LayerNormalization()], True),
     "layer_norm": ((4,), lambda: [L.Dense(5), LayerNorm(), L.Activation("tanh")], True),
     "batch_norm": ((4,), lambda: [L.Dense(5), BatchNorm(), L.Activation("tanh")], True),
     "dropout": ((4,), lambda: [L.Dense(9, activation="tanh"), L.Dropout(0.4)], True),
