@@ -12,7 +12,7 @@ import tensorflow as tf
 
 from maml.adam import Adam
 from maml.episodes import Episode
-from maml.networks import adapted_weights
+from maml.networks import adapted_weights, batch_statistics
 from maml.task_map import TaskMap
 
 Weights = list[tf.Tensor]
@@ -114,22 +114,25 @@ class Maml:
         for optimizer in (self.meta_optimizer, self.pretrain_optimizer):
             optimizer.build(network.trainable_variables)  # so that a checkpoint can restore the slots
         self._adapted = adapted_weights(network)
+        self._seeds = [v for v in network.non_trainable_variables if v.name == "seed_generator_state"]
         self.pretrain_block = self.tasks.compiled(self._pretrain_block)
         self.metatrain_block = self.tasks.compiled(self._metatrain_block)
         self.evaluate = tf.function(self._evaluate, reduce_retracing=True)
 
     # --- The inner loop ---------------------------------------------------------------------------
 
-    def inner_step(self, weights: Weights, x: tf.Tensor, y: tf.Tensor) -> tuple[Weights, Measures]:
+    def inner_step(
+        self, weights: Weights, x: tf.Tensor, y: tf.Tensor, noise: int | None = None
+    ) -> tuple[Weights, Measures]:
         """One step of gradient descent on a task: θ' = θ − α ∇_θ L(f_θ) (Algorithm 1, lines 5, 6).
 
-        Returns the stepped weights, and the measures before the step.
+        Returns the stepped weights, and the measures before the step. `noise`: see `predict`.
         """
         adapted = [weight for weight, adapt in zip(weights, self._adapted, strict=True) if adapt]
         with tf.GradientTape(watch_accessed_variables=False) as inner_tape:
             inner_tape.watch(adapted)
-            measures = self.measure(self.predict(weights, x), y)
-        gradients = inner_tape.gradient(measures["loss"], adapted, unconnected_gradients="zero")
+            measures = self.measure(self.predict(weights, x, noise=noise), y)
+        gradients = _gradients(inner_tape, measures["loss"], adapted)
         if self.first_order:
             gradients = [tf.stop_gradient(gradient) for gradient in gradients]
         step = iter(gradients)
@@ -140,10 +143,10 @@ class Maml:
         return stepped, measures
 
     def adapt(self, weights: Weights, x: tf.Tensor, y: tf.Tensor) -> tuple[Weights, list[Measures]]:
-        """`inner_steps` steps from θ on the support set; also returns the measures before each."""
+        """`inner_steps` steps of training from θ on the support set, and the measures before each."""
         history = []
-        for _ in range(self.inner_steps):
-            weights, measures = self.inner_step(weights, x, y)
+        for step in range(self.inner_steps):
+            weights, measures = self.inner_step(weights, x, y, noise=step)
             history.append(measures)
         return weights, history
 
@@ -154,8 +157,9 @@ class Maml:
         with tf.GradientTape(watch_accessed_variables=False) as outer_tape:
             outer_tape.watch(weights)
             fast_weights, support = self.adapt(weights, episode.support_x, episode.support_y)
-            query = self.measure(self.predict(fast_weights, episode.query_x), episode.query_y)
-        gradient = outer_tape.gradient(query["loss"], weights, unconnected_gradients="zero")
+            outputs = self.predict(fast_weights, episode.query_x, noise=self.inner_steps)
+            query = self.measure(outputs, episode.query_y)
+        gradient = _gradients(outer_tape, query["loss"], weights)
         measures = {f"query_{name}": value for name, value in query.items()}
         for name in query:
             measures[f"support_{name}"] = tf.stack([step[name] for step in support])
@@ -165,8 +169,8 @@ class Maml:
         """One task's term of the pre-training gradient: ∇_θ L(f_θ) on the support set, no adaptation."""
         with tf.GradientTape(watch_accessed_variables=False) as tape:
             tape.watch(weights)
-            support = self.measure(self.predict(weights, episode.support_x), episode.support_y)
-        gradient = tape.gradient(support["loss"], weights, unconnected_gradients="zero")
+            support = self.measure(self.predict(weights, episode.support_x, noise=0), episode.support_y)
+        gradient = _gradients(tape, support["loss"], weights)
         return gradient, {f"support_{name}": value[tf.newaxis] for name, value in support.items()}
 
     def meta_gradient(self, episodes: Episode) -> tuple[Weights, Measures]:
@@ -201,6 +205,8 @@ class Maml:
             return tf.zeros_like(norm)
 
         skipped = tf.cond(finite, apply, lambda: tf.ones_like(norm))
+        for seed in self._seeds:  # the next iteration draws other noise
+            seed.assign(_folded(seed, 0))
         return {**measures, "gradient_norm": norm, "skipped": skipped}
 
     def _metatrain_block(self, block: Episode, first: tf.Tensor, last: tf.Tensor) -> Measures:
@@ -217,16 +223,36 @@ class Maml:
 
     # --- Measuring --------------------------------------------------------------------------------
 
-    def predict(self, weights: Weights, x: tf.Tensor, support_x: tf.Tensor | None = None) -> tf.Tensor:
+    def predict(
+        self,
+        weights: Weights,
+        x: tf.Tensor,
+        support_x: tf.Tensor | None = None,
+        noise: int | None = None,
+    ) -> tf.Tensor:
         """The network's outputs [n, outputs] on inputs x [n, …], with the given weights.
 
         Batch norm takes the statistics of x itself or, where it is given, of `support_x` [m, …].
+        Dropout and other noise is off unless `noise` numbers the draw: a number draws the same for every
+        task of a meta-batch, and other noise after every update of the weights.
         """
-        state = [variable.value for variable in self.network.non_trainable_variables]
         if support_x is None:
-            return self.network.stateless_call(weights, state, x, training=True)[0]
-        _, state = self.network.stateless_call(weights, state, support_x, training=True)
+            return self._by_batch(weights, x, noise)[0]
+        state = self.state_after(weights, support_x)
         return self.network.stateless_call(weights, state, x, training=False)[0]
+
+    def state_after(self, weights: Weights, x: tf.Tensor) -> Weights:
+        """The network's non-trainable values with the batch-norm statistics of x [n, …]."""
+        return self._by_batch(weights, x, None)[1]
+
+    def _by_batch(self, weights: Weights, x: tf.Tensor, noise: int | None) -> tuple[tf.Tensor, Weights]:
+        state = [variable.value for variable in self.network.non_trainable_variables]
+        if noise is not None and self._seeds:
+            seeds = {id(seed) for seed in self._seeds}
+            variables = self.network.non_trainable_variables
+            state = [_folded(v, noise + 1) if id(v) in seeds else v.value for v in variables]
+        with batch_statistics():
+            return self.network.stateless_call(weights, state, x, training=noise is not None)
 
     def measure(self, outputs: tf.Tensor, y: tf.Tensor) -> Measures:
         """The loss and, for classification, the accuracy of outputs [n, outputs] against targets y."""
@@ -322,16 +348,37 @@ class Maml:
         return {name: rows.stack() for name, rows in records.items()}
 
     def to_floating(self, episodes: Episode) -> Episode:
-        """Pixels travel as uint8 and become floating point here, divided by `scale`, on the device."""
+        """Pixels travel as uint8 and become floating point here, divided by `scale`, on the device.
+
+        Indices, the inputs of a network that takes integers, stay what they are.
+        """
         dtype = self.network.trainable_variables[0].dtype
 
         def convert(x: tf.Tensor) -> tf.Tensor:
             return tf.cast(tf.cast(x, tf.float32) / self._scale if x.dtype == tf.uint8 else x, dtype)
 
+        inputs = (lambda x: x) if _takes_integers(self.network) else convert
         targets = (lambda y: y) if self.classification else convert
         return Episode(
-            convert(episodes.support_x),
+            inputs(episodes.support_x),
             targets(episodes.support_y),
-            convert(episodes.query_x),
+            inputs(episodes.query_x),
             targets(episodes.query_y),
         )
+
+
+def _gradients(tape: tf.GradientTape, loss: tf.Tensor, weights: Weights) -> Weights:
+    """The gradients in the weights, dense: an embedding's come as slices, which cannot be stepped along."""
+    return [tf.convert_to_tensor(g) for g in tape.gradient(loss, weights, unconnected_gradients="zero")]
+
+
+def _takes_integers(network: keras.Model) -> bool:
+    return any(tf.as_dtype(x.dtype).is_integer for x in getattr(network, "inputs", None) or ())
+
+
+def _folded(seed: keras.Variable, number: int) -> tf.Tensor:
+    """A seed as unlike the given one as one drawn at random, and for every number another."""
+    folded = tf.random.experimental.stateless_fold_in(
+        tf.cast(seed.value, tf.int64), tf.constant(number, tf.int64)
+    )
+    return tf.cast(folded, seed.dtype)

@@ -4,6 +4,8 @@ Only the norms differ from Keras' own layers: MAML differentiates them twice (se
 their weights are meta-learned but not adapted in the inner loop.
 """
 
+import contextlib
+import contextvars
 import functools
 import math
 from collections.abc import Iterator, Sequence
@@ -15,14 +17,30 @@ MLP_SINUSOID = (40, 40)
 MLP_IMAGES = (256, 128, 64, 64)
 
 
+_BY_BATCH = contextvars.ContextVar("batch_statistics", default=False)
+
+
+@contextlib.contextmanager
+def batch_statistics() -> Iterator[None]:
+    """Within it `BatchNorm` normalises by the batch at hand whatever `training` is.
+
+    So that `training` can say of other layers alone, such as dropout, whether they are in training.
+    """
+    token = _BY_BATCH.set(True)
+    try:
+        yield
+    finally:
+        _BY_BATCH.reset(token)
+
+
 @keras.saving.register_keras_serializable("maml")
 class BatchNorm(keras.layers.Layer):
     """Normalises each channel by the statistics of the batch at hand, then adds a learned β.
 
     As in the original: biased variance, epsilon 1e-3, no scale, no moving statistics. β is
     meta-learned and not adapted in the inner loop. The statistics of the last batch are kept, and
-    `training=False` normalises by them: a query by the support set's, where the original uses the
-    query set's own (see `Maml.predict`).
+    without `training` it normalises by them, except within `batch_statistics`: a query by the support set's,
+    where the original uses the query set's own (see `Maml.predict`).
     """
 
     adapted = False
@@ -35,7 +53,7 @@ class BatchNorm(keras.layers.Layer):
         self.variance = self.add_weight(shape=channels, initializer="ones", trainable=False, name="variance")
 
     def call(self, x, training=None):
-        if training is False:
+        if not training and not _BY_BATCH.get():
             return (x - self.mean) * tf.math.rsqrt(self.variance + self.epsilon) + self.beta
         rows = tf.reshape(x, (-1, x.shape[-1]))
         mean = _mean(rows, 0)
@@ -61,6 +79,30 @@ class LayerNorm(keras.layers.Layer):
     def call(self, x):
         rows = tf.reshape(x, (-1, math.prod(x.shape[1:])))
         return tf.reshape(standardise(rows, 1, self.epsilon), tf.shape(x)) * self.gamma + self.beta
+
+
+@keras.saving.register_keras_serializable("maml")
+class LayerNormalization(keras.layers.LayerNormalization):
+    """Keras' layer of that name, with the same arguments, weights and outputs, and exact second derivatives.
+
+    Keras' own stops a gradient as `tf.nn.moments` does (see `standardise`). Unlike those of `LayerNorm`,
+    γ and β are adapted in the inner loop.
+    """
+
+    def call(self, x):
+        if self.rms_scaling:  # which Keras has right
+            return super().call(x)
+        wide = tf.cast(x, tf.float64 if x.dtype == tf.float64 else tf.float32)
+        axes = [axis % wide.shape.rank for axis in self.axis]
+        centred = wide - tf.reduce_mean(wide, axes, keepdims=True)
+        variance = tf.reduce_mean(tf.square(centred), axes, keepdims=True)
+        y = centred * tf.math.rsqrt(variance + self.epsilon)
+        shape = [size if axis in axes else 1 for axis, size in enumerate(wide.shape)]
+        if self.gamma is not None:
+            y *= tf.reshape(tf.cast(self.gamma, y.dtype), shape)
+        if self.beta is not None:
+            y += tf.reshape(tf.cast(self.beta, y.dtype), shape)
+        return tf.cast(y, self.compute_dtype)
 
 
 def standardise(x: tf.Tensor, axis: int, epsilon: float) -> tf.Tensor:
@@ -264,16 +306,14 @@ def mlp(
 def adapted_weights(network: keras.Model) -> list[bool]:
     """For each trainable variable of the network, whether the inner loop adapts it.
 
-    A layer opts out for all its variables with a class attribute `adapted = False`.
+    A layer opts out for all its variables with an attribute `adapted = False`, of its class or its own.
     """
-
-    def shared(layer: keras.layers.Layer) -> Iterator[int]:
-        if not getattr(layer, "adapted", True):
-            yield from map(id, layer.trainable_variables)
-        for inner in getattr(layer, "layers", ()):
-            yield from shared(inner)
-
-    kept = set(shared(network))
+    kept = {
+        id(variable)
+        for layer in network._flatten_layers()  # also those inside other layers, which `layers` lacks
+        if not getattr(layer, "adapted", True)
+        for variable in layer.trainable_variables
+    }
     return [id(variable) not in kept for variable in network.trainable_variables]
 
 
