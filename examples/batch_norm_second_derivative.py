@@ -23,7 +23,7 @@ Function = Callable[[tf.Tensor], tf.Tensor]
 
 def norms() -> dict[str, Function]:
     """{name: a norm of float64 [examples, channels]}: layers, and batch norms written with functions."""
-    keras_batch = keras.layers.BatchNormalization(dtype="float64")
+    keras_batch, our_batch = keras.layers.BatchNormalization(dtype="float64"), BatchNorm(dtype="float64")
 
     def batch(x: tf.Tensor, mean: tf.Tensor, variance: tf.Tensor) -> tf.Tensor:
         return (x - mean) * tf.math.rsqrt(variance + EPSILON)
@@ -36,7 +36,7 @@ def norms() -> dict[str, Function]:
         "keras.ops.moments": lambda x: batch(x, *keras.ops.moments(x, 0)),
         "keras.ops.mean, keras.ops.var": lambda x: batch(x, keras.ops.mean(x, 0), keras.ops.var(x, 0)),
         "tf.math.reduce_variance": lambda x: batch(x, tf.reduce_mean(x, 0), tf.math.reduce_variance(x, 0)),
-        "maml.networks.BatchNorm": BatchNorm(dtype="float64"),
+        "maml.networks.BatchNorm": lambda x: our_batch(x, training=True),
         "maml.networks.LayerNorm": LayerNorm(dtype="float64"),
     }
 

@@ -2,8 +2,9 @@
 
 Meta-trains on Omniglot (in DATA_DIR, see data/README.md), adapts to one drawing each of five characters never
 seen before, has what comes of it tell fifteen more drawings of each apart, and saves it. Keras loads the file
-again in a program that has `from maml import BatchNorm`, which makes that layer known to it. Any images in
-class folders will do: `maml.datasets.load_photographs(maml.sources.photographs(DIR), seed=0, side=84)`.
+again in a program that has `from maml import BatchNorm`, which makes that layer known to it. Photographs in
+class folders are `maml.datasets.load_photographs(maml.sources.photographs(DIR), seed=0, side=84)`; as their
+pixels are 0…255, the model begins with `keras.layers.Rescaling(1 / 255)`.
 """
 
 import sys

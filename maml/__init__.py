@@ -32,6 +32,7 @@ _HOMES = {
     "UserError": "errors",
     "conv4": "networks",
     "cross_entropy": "learner",
+    "load_run": "trained",
     "mean_squared_error": "learner",
     "mlp": "networks",
 }
@@ -52,6 +53,7 @@ if TYPE_CHECKING:
     from maml.networks import LayerNormalization as LayerNormalization
     from maml.networks import conv4 as conv4
     from maml.networks import mlp as mlp
+    from maml.trained import load_run as load_run
 
 
 def __getattr__(name: str) -> object:

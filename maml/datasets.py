@@ -12,8 +12,8 @@ import tensorflow as tf
 
 from maml import sources
 from maml.episodes import SPLITS, Episode, EpisodeSpec, Stream
+from maml.errors import UserError
 from maml.image_cache import CachedSplit, ImageSource, cached
-from maml.settings import UserError
 
 OMNIGLOT_SPLIT = {"train": 1100, "val": 100, "test": 423}
 

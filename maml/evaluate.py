@@ -1,6 +1,6 @@
 """Testing a meta-learned initialisation: the paper's protocol, tables and statistics."""
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import tensorflow as tf
@@ -9,7 +9,9 @@ from tqdm import tqdm
 from maml.episodes import EpisodeSource, EpisodeSpec
 from maml.learner import Adaptation, Maml
 from maml.results import SHOWN
-from maml.settings import Settings
+
+if TYPE_CHECKING:
+    from maml.settings import Settings
 
 CHUNK = 20  # tasks held in memory at once
 
@@ -97,7 +99,7 @@ def measure_tasks(
     return TestResult(joined("support"), joined("query"))
 
 
-def table(result: TestResult, settings: Settings, iteration: int) -> str:
+def table(result: TestResult, settings: "Settings", iteration: int) -> str:
     """The result as text, with the protocol it was got under."""
     split = {"val": "meta-validation", "test": "meta-test"}[settings.split]
     head = f"{settings.datasource}"

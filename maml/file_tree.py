@@ -11,7 +11,7 @@ import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
-from maml.settings import UserError
+from maml.errors import UserError
 
 ARCHIVES = (".tar", ".zip")
 LINE_BREAKS = re.compile(r"[\n\r]")

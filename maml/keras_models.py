@@ -1,15 +1,12 @@
-"""What MAML asks of a Keras model, of its loss and of its episodes; and what stands in for Keras' norms."""
-
-from collections.abc import Sequence
+"""What MAML asks of a Keras model and of its loss; and what stands in for Keras' norms."""
 
 import keras
 import numpy as np
 import tensorflow as tf
 
-from maml.episodes import Episode
 from maml.errors import UserError
-from maml.learner import LossFunction, Maml, cross_entropy
-from maml.networks import BatchNorm, LayerNormalization
+from maml.learner import LossFunction, cross_entropy
+from maml.networks import BatchNorm, LayerNorm, LayerNormalization
 
 SPARSE = ("sparse_categorical_crossentropy", "SparseCategoricalCrossentropy")
 CROSS_ENTROPIES = (
@@ -19,6 +16,10 @@ CROSS_ENTROPIES = (
     "binary_crossentropy",
     "BinaryCrossentropy",
 )
+# Layers that are tested under `tf.vectorized_map` and XLA.
+_TESTED = "InputLayer Dense Flatten Activation ReLU Rescaling Dropout Embedding Add Concatenate"
+BATCHED = {getattr(keras.layers, name) for name in [*_TESTED.split(), "GlobalAveragePooling1D"]}
+BATCHED |= {BatchNorm, LayerNorm, LayerNormalization}
 
 
 def refuse_unfit(model: keras.Model, first_order: bool) -> None:
@@ -28,6 +29,15 @@ def refuse_unfit(model: keras.Model, first_order: bool) -> None:
     `maml.networks.standardise`); with `first_order` they are right. One that cannot be recognised:
     `Resizing` that is not nearest has no second derivative, so it has its place before the first weights.
     """
+    refuse_unbuilt(model)
+    for layer in model._flatten_layers(include_self=False):
+        if objection := _objection(layer, first_order):
+            raise UserError(f"layer {layer.name!r}, {type(layer).__name__}, {objection}")
+    copy_of(model)  # now, rather than after training
+
+
+def refuse_unbuilt(model: keras.Model) -> None:
+    """Raises UserError for other than a built model of one input, one output and some weights."""
     if not isinstance(model, keras.Model) or not model.built:
         raise UserError(
             f"found {getattr(model, 'name', model)!r}, which is not a Keras model that has been built. "
@@ -41,9 +51,6 @@ def refuse_unfit(model: keras.Model, first_order: bool) -> None:
         )
     if not model.trainable_variables:
         raise UserError(f"{model.name!r} has no trainable weights, needed some to adapt.")
-    for layer in model._flatten_layers(include_self=False):
-        if objection := _objection(layer, first_order):
-            raise UserError(f"layer {layer.name!r}, keras.layers.{type(layer).__name__}, {objection}")
 
 
 def _objection(layer: keras.layers.Layer, first_order: bool) -> str | None:
@@ -60,6 +67,12 @@ def _objection(layer: keras.layers.Layer, first_order: bool) -> str | None:
             "keeps a state from one batch to the next, which tasks must not share. Leave it out, or give "
             "stateful=False where it has that argument."
         )
+    regularized = any(getattr(weight, "regularizer", None) for weight in layer.trainable_variables)
+    if regularized or getattr(layer, "activity_regularizer", None):
+        return (
+            "has a regularizer, which is no part of the inner and outer losses. Drop it, or write a loss "
+            "function that has it."
+        )
     if first_order:
         return None
     if (
@@ -75,21 +88,54 @@ def _objection(layer: keras.layers.Layer, first_order: bool) -> str | None:
     return None
 
 
+def copy_of(model: keras.Model) -> keras.Model:
+    """A copy with fresh weights; raises UserError if Keras cannot make one."""
+    try:
+        if _is_graph(model):
+            return keras.models.clone_model(model, clone_function=_fresh, recursive=True)
+        return keras.models.clone_model(model)
+    except (NotImplementedError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{model.name!r} cannot be copied, as `adapt` does. Give {type(model).__name__}, or the layers "
+            f"of your own in it, an __init__ that hands **kwargs on to super().__init__, and a get_config "
+            f"with its other arguments."
+        ) from error
+
+
+def is_batched(layer: keras.layers.Layer) -> bool:
+    """Whether a model is made of BATCHED alone: not of operations, nor of a class of one's own."""
+    if _is_graph(layer):
+        return all(map(is_batched, getattr(layer, "operations", layer.layers)))
+    return type(layer) in BATCHED
+
+
+def _is_graph(model: keras.layers.Layer) -> bool:
+    """Whether it is a Sequential or functional model."""
+    return type(model) is keras.Sequential or type(model).__name__ == "Functional"
+
+
+def _fresh(layer: keras.layers.Layer) -> keras.layers.Layer:
+    """The same layer with weights of its own. Keras takes the function of a Lambda for a stranger's code."""
+    lambda_ = isinstance(layer, keras.layers.Lambda)
+    return layer if lambda_ else type(layer).from_config(layer.get_config())
+
+
 def with_exact_norms(model: keras.Model) -> keras.Model:
     """A copy, weights included, with maml's norms in place of LayerNormalization and BatchNormalization.
 
     LayerNormalization computes the same. BatchNorm has no scale, and is always of the last axis: raises
     UserError where a scale was learned or the axis is another, or if the model is of a class of its own.
     """
+    refuse_unbuilt(model)
     pairs: list[tuple[keras.layers.Layer, keras.layers.Layer]] = []
 
     def exact(layer: keras.layers.Layer) -> keras.layers.Layer:
         if _is_swapped(layer):
             _refuse_unlike(layer)
-            copy = BatchNorm(name=layer.name, dtype=layer.dtype_policy)
+            copy = BatchNorm(name=layer.name, dtype=layer.dtype_policy.name)
         else:
             same = type(layer) is keras.layers.LayerNormalization
-            copy = (LayerNormalization if same else type(layer)).from_config(layer.get_config())
+            copy = LayerNormalization.from_config(layer.get_config()) if same else _fresh(layer)
             if not getattr(layer, "adapted", True):
                 copy.adapted = False
         pairs.append((layer, copy))
@@ -115,21 +161,31 @@ def scalar_loss(loss: str | keras.losses.Loss | LossFunction, model: keras.Model
     """The mean of what a Keras loss or a function of (targets, outputs) returns.
 
     Raises:
-        UserError: if there is no such loss, or it takes probabilities where the model's last layer is linear.
+        UserError: if there is no such loss, or it takes probabilities where the model gives logits, or the
+            other way round.
     """
     try:
         function = keras.losses.get(loss) if isinstance(loss, str) else loss
-    except ValueError as error:
-        raise UserError(f"loss: found {loss!r}, needed a Keras loss, its name, or a function.") from error
-    if not callable(function):
+    except ValueError:
+        function = None
+    if not callable(function) or isinstance(function, type):
         raise UserError(f"loss: found {loss!r}, needed a Keras loss, its name, or a function.")
     head = model.layers[-1] if model.layers else None
-    linear = getattr(head, "activation", None) is keras.activations.linear
-    from_logits = isinstance(function, keras.losses.Loss) and function.get_config().get("from_logits")
-    if linear and _name(function) in CROSS_ENTROPIES and not from_logits:
+    activation = getattr(head, "activation", None)
+    linear = activation is keras.activations.linear
+    squashed = activation in (keras.activations.softmax, keras.activations.sigmoid)
+    settings = function.get_config() if isinstance(function, keras.losses.Loss) else {}
+    if linear and _name(function) in CROSS_ENTROPIES and not settings.get("from_logits"):
         raise UserError(
             f"loss: {_name(function)} takes probabilities, but the last layer, {head.name!r}, is linear. "
             f"Give keras.losses.SparseCategoricalCrossentropy(from_logits=True) or the like."
+        )
+    if (squashed or isinstance(head, keras.layers.Softmax)) and (
+        settings.get("from_logits") or _is_ours(function)
+    ):
+        raise UserError(
+            f"loss: {_name(function)} takes logits, but the last layer, {head.name!r}, gives probabilities. "
+            f"Leave its activation out."
         )
 
     def mean_loss(targets: tf.Tensor, outputs: tf.Tensor) -> tf.Tensor:
@@ -140,42 +196,21 @@ def scalar_loss(loss: str | keras.losses.Loss | LossFunction, model: keras.Model
 
 def takes_labels(loss: str | keras.losses.Loss | LossFunction) -> bool:
     """Whether its targets are integer labels, as for sparse categorical cross entropy and `cross_entropy`."""
-    ours = getattr(loss, "__qualname__", "").startswith(f"{cross_entropy.__name__}.")
-    return ours or (loss if isinstance(loss, str) else _name(loss)) in SPARSE
+    return _is_ours(loss) or (loss if isinstance(loss, str) else _name(loss)) in SPARSE
 
 
-def fitting_episode(learner: Maml, item: Sequence) -> Episode:
-    """(support_x, support_y, query_x, query_y) as arrays; raises UserError if they do not fit the network."""
-    fields = [np.asarray(field) for field in item]
-    if len(fields) != 4:
-        raise UserError(
-            f"found an episode of {len(fields)} parts, needed (support_x, support_y, query_x, query_y)."
-        )
-    return Episode(*_fitting(learner, *fields[:2]), *_fitting(learner, *fields[2:]))
+def is_custom(loss: str | keras.losses.Loss | LossFunction) -> bool:
+    """Whether it is neither Keras' nor ours, so that its targets may be anything."""
+    named = loss if hasattr(loss, "__name__") else type(loss)
+    return not isinstance(loss, str) and named.__module__.split(".")[0] not in ("keras", "maml")
 
 
-def _fitting(learner: Maml, x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """A support or query set; a class of one's own does not tell the shapes it needs."""
-    network = learner.network
-    needed = getattr(network, "input_shape", (None, *x.shape[1:]))
-    outputs = getattr(network, "output_shape", (None,) * (y.ndim + 1))
-    if x.ndim != len(needed) or any(n not in (None, s) for n, s in zip(needed, x.shape, strict=True)):
-        raise UserError(f"found inputs of shape {x.shape}, needed {needed} for {network.name!r}.")
-    if not len(x) or y.ndim < 1 or len(x) != len(y):
-        raise UserError(f"found inputs {x.shape} with targets {y.shape}, needed as many, and at least one.")
-    if learner.classification:
-        if y.dtype.kind not in "iu" or y.ndim != len(outputs) - 1:
-            raise UserError(f"found labels {y.dtype} {y.shape}, needed integers ({len(x)},).")
-        if y.min() < 0 or y.max() >= (outputs[-1] or np.inf):
-            raise UserError(f"found labels {y.min()} to {y.max()}, needed 0 to {outputs[-1] - 1}.")
-        return x, y.astype(np.int32)
-    if y.ndim == len(outputs) - 1 and outputs[-1] == 1:
-        y = y[..., np.newaxis]  # [n] against outputs [n, 1] would be taken for a table of all pairs
-    return x, y
+def _is_ours(loss: object) -> bool:
+    return getattr(loss, "__qualname__", "").startswith(f"{cross_entropy.__name__}.")
 
 
 def _name(loss: keras.losses.Loss | LossFunction) -> str:
-    return getattr(loss, "__name__", type(loss).__name__)
+    return cross_entropy.__name__ if _is_ours(loss) else getattr(loss, "__name__", type(loss).__name__)
 
 
 def _is_swapped(layer: keras.layers.Layer) -> bool:

@@ -6,8 +6,8 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from maml.errors import UserError
 from maml.networks import original_names
-from maml.settings import UserError
 
 
 def is_original(path: pathlib.Path) -> bool:

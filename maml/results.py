@@ -17,17 +17,17 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import maml
-from maml.settings import Settings
 
 if TYPE_CHECKING:
     from maml.evaluate import TestResult
+    from maml.settings import Settings
 
 LIBRARIES = ("tensorflow", "keras", "numpy")
 # How a measure is shown: its factor, its decimals, its name.
 SHOWN = {"accuracy": (100.0, 2, "accuracy, %"), "loss": (1.0, 3, "mean squared error")}
 
 
-def protocol(settings: Settings) -> dict[str, object]:
+def protocol(settings: "Settings") -> dict[str, object]:
     """How a test of these settings measures, and what it measures; all of it known before the run."""
     if settings.test_iter != -1:
         checkpoint = f"iteration {settings.test_iter}"
@@ -55,7 +55,7 @@ def protocol(settings: Settings) -> dict[str, object]:
     }
 
 
-def write(settings: Settings, result: "TestResult", iteration: int, device: str) -> pathlib.Path:
+def write(settings: "Settings", result: "TestResult", iteration: int, device: str) -> pathlib.Path:
     """Writes the original's CSV and adds the result, with its protocol, to `results.json`.
 
     A result of the same protocol is replaced.
@@ -102,13 +102,13 @@ def read(run_dir: pathlib.Path) -> list[dict]:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
 
 
-def find(settings: Settings) -> dict | None:
+def find(settings: "Settings") -> dict | None:
     """The result that a run with these settings would write, if it is there already."""
     wanted = protocol(settings)
     return next((entry for entry in read(settings.run_dir) if entry["protocol"] == wanted), None)
 
 
-def furthest(settings: Settings) -> dict | None:
+def furthest(settings: "Settings") -> dict | None:
     """The result that differs from what `find` looks for only by how long was trained, the longest."""
 
     def but_iterations(entry_protocol: dict) -> dict:

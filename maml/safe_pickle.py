@@ -14,7 +14,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from maml.settings import UserError
+from maml.errors import UserError
 
 SHOWN = 200  # characters of an error's text
 NUMBER = re.compile(r"[<>|=]?([biufc]\d{1,2})")

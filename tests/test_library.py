@@ -13,18 +13,11 @@ import pytest
 
 import maml
 from examples import few_images, own_model
-from maml import (
-    EpisodeSpec,
-    Failure,
-    Learner,
-    UserError,
-    build,
-    cross_entropy,
-    mean_squared_error,
-)
+from maml import Failure, Learner, UserError, build, cross_entropy, load_run, mean_squared_error
 from maml.datasets import Sinusoid
+from maml.run import Run
 from maml.settings import parse
-from tests.test_library_layers import KINDS, LOGITS, episodes, network
+from tests.test_library_layers import KINDS, LOGITS, episodes, meta_batch, network
 
 import keras  # isort: skip
 import tensorflow as tf  # isort: skip
@@ -37,19 +30,15 @@ ROOT = pathlib.Path(__file__).parent.parent
 
 def test_training_is_the_programs():
     """The sinusoid of `main.py`, from the same weights on the same episodes, in two calls of `fit`."""
-    settings = parse(
-        ["--datasource=sinusoid", "--update_batch_size=10", "--num_updates=2", "--update_lr=0.01"]
-    )
+    flags = ["--datasource=sinusoid", "--update_batch_size=10", "--update_lr=0.01"]
+    assert default_map(parse(flags)).jit_compile
+    settings = parse([*flags, "--jit_compile=false"])  # the same code; compiling it takes long
     theirs = build.build_learner(settings, build.build_network(settings, (1,)))
-    ours = Learner(keras.models.clone_model(theirs.network), mean_squared_error, inner_lr=0.01, inner_steps=2)
+    model = copied(theirs.network)
+    assert Learner(model, mean_squared_error, inner_lr=0.01).maml.tasks == default_map(parse(flags))
+    ours = Learner(model, mean_squared_error, inner_lr=0.01, jit_compile=False)
     assert ours.maml.tasks == theirs.tasks and ours.maml.tasks.vectorize
-    ours.model.set_weights(theirs.network.get_weights())
     spec, source = build.train_spec(settings), Sinusoid()
-    batch = source.sample(spec, "train", tf.range(4, dtype=tf.int64))
-    needed, found = (learner.meta_gradient(batch)[0] for learner in (theirs, ours.maml))
-    size = float(tf.linalg.global_norm(needed))
-    for one, other in zip(needed, found, strict=True):
-        np.testing.assert_allclose(one, other, rtol=0, atol=1e-6 * size)
 
     stream = maml.episodes.stream_blocks(source, spec, "train", meta_batch=4, block=100)
     measures = [theirs.metatrain_block(next(stream), tf.constant(0), tf.constant(last)) for last in (100, 20)]
@@ -61,26 +50,47 @@ def test_training_is_the_programs():
         np.testing.assert_allclose(np.concatenate([h[name] for h in history]), needed, rtol=1e-3)
     for one, other in zip(ours.model.get_weights(), theirs.network.get_weights(), strict=True):
         np.testing.assert_allclose(one, other, rtol=0, atol=1e-5)
+    same_meta_gradients(theirs, ours.maml)
     assert ours.iteration == 120
 
 
 def test_a_convolution_trains_as_the_program_does():
     settings = parse(["--datasource=omniglot", "--num_classes=3", "--update_batch_size=2", "--num_filters=4"])
     theirs = build.build_learner(settings, build.build_network(settings, (28, 28, 1)))
-    clone = keras.models.clone_model(theirs.network)
-    clone.set_weights(theirs.network.get_weights())
-    ours = Learner(clone, cross_entropy(2), inner_lr=settings.update_lr, inner_steps=settings.num_updates)
-    assert ours.maml.classification and not ours.maml.tasks.vectorize
+    model = copied(theirs.network)
+    ours = Learner(model, cross_entropy(2), inner_lr=settings.update_lr, inner_steps=settings.num_updates)
+    assert ours.maml.tasks == theirs.tasks and not ours.maml.tasks.vectorize
+    assert ours.maml.classification
     rng = np.random.default_rng(0)
     tasks = [(rng.integers(0, 2, (6, 28, 28, 1), np.uint8), np.arange(6) % 3) * 2 for _ in range(4)]
+    batches = [meta_batch(tasks[i : i + 2]) for i in (0, 2, 0)]
     history = ours.fit(tasks, iterations=3, meta_batch=2)
-    batches = [ours.stacked(iter(tasks[i : i + 2]), 2) for i in (0, 2, 0)]
-    measures = [theirs.meta_step(tf.nest.map_structure(tf.constant, batch)) for batch in batches]
+    step = tf.function(theirs.meta_step)
+    measures = [step(batch) for batch in batches]
     for name in ("query_loss", "query_accuracy", "gradient_norm"):
         np.testing.assert_allclose(history[name], [m[name] for m in measures], rtol=1e-3)
-    for one, other in zip(clone.trainable_variables, theirs.network.trainable_variables, strict=True):
+    for one, other in zip(model.trainable_variables, theirs.network.trainable_variables, strict=True):
         if not ("conv" in other.path and other.name == "bias"):  # batch norm leaves those noise alone
             np.testing.assert_allclose(one, other, rtol=0, atol=2e-4)
+    same_meta_gradients(theirs, ours.maml)
+
+
+def default_map(settings) -> maml.task_map.TaskMap:
+    return build.build_learner(settings, build.build_network(settings, (1,))).tasks
+
+
+def copied(model: keras.Model) -> keras.Model:
+    copy = keras.models.clone_model(model)
+    copy.set_weights(model.get_weights())
+    return copy
+
+
+def same_meta_gradients(theirs: maml.Maml, ours: maml.Maml) -> None:
+    """By what Adam keeps of those of all iterations, and of their squares."""
+    kept = [[v.numpy() for v in learner.meta_optimizer.variables] for learner in (theirs, ours)]
+    assert len(kept[0]) > 2 * len(ours.network.trainable_variables)
+    for one, other in zip(*kept, strict=True):
+        np.testing.assert_allclose(one, other, rtol=0, atol=1e-4 * max(np.abs(one).max(), 1e-4))
 
 
 # --- Adapting -----------------------------------------------------------------------------------------
@@ -93,8 +103,8 @@ def test_an_adapted_model_predicts_what_was_measured_and_is_kept_in_a_file(kind,
     before = learner.model.get_weights()
     x, y, query_x, _ = tasks[0]
     adapted = learner.adapt(x, y, steps=3)
-    found = adapted.predict(query_x, verbose=0)
-    batch = tf.nest.map_structure(tf.constant, learner.stacked(iter(tasks), 1))
+    found = adapted(query_x).numpy()
+    batch = meta_batch([(*part[:1], part[1][:, None], part[2], part[3][:, None]) for part in tasks[:1]])
     needed = learner.maml.evaluate(batch, tf.constant(3), False).predictions[0]
     np.testing.assert_allclose(found, needed[-1], rtol=1e-4, atol=1e-5)
     assert np.abs(needed[-1] - needed[0]).max() > 1e-2
@@ -105,49 +115,62 @@ def test_an_adapted_model_predicts_what_was_measured_and_is_kept_in_a_file(kind,
         np.testing.assert_array_equal(one, other)
     adapted.save(tmp_path / "adapted.keras")
     loaded = keras.saving.load_model(tmp_path / "adapted.keras")
-    np.testing.assert_array_equal(loaded.predict(query_x, verbose=0), found)
+    np.testing.assert_array_equal(loaded(query_x), found)
 
 
-def test_a_saved_model_is_loaded_by_another_process(tmp_path):
+# A program of someone else's: flags of its own, a model that was saved, a learner of its own.
+OTHER_PROGRAM = """
+import sys
+from absl import flags
+from maml import UserError
+assert "tensorflow" not in sys.modules
+import keras, numpy as np
+from maml import EpisodeSpec, Learner
+from maml.datasets import Sinusoid
+loaded = keras.saving.load_model("adapted.keras")
+np.save("found.npy", loaded.predict(np.load("x.npy"), verbose=0))
+model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1)])
+learner = Learner(model, "mse", inner_lr=0.1, jit_compile=False)
+result = learner.evaluate(Sinusoid(), tasks=2, spec=EpisodeSpec(1, 5, 5, seed=0))
+assert result.query["loss"].shape == (2, 2)
+assert "maml.settings" not in sys.modules
+flags.DEFINE_integer("seed", 0, "of the program's own")
+flags.DEFINE_bool("train", True, "of the program's own")
+"""
+
+
+def test_another_program_loads_a_saved_model_and_has_flags_of_its_own(tmp_path):
     learner = Learner(network("convolution"), LOGITS, inner_lr=0.1)
     x, y, query_x, _ = episodes("convolution")[0]
     adapted = learner.adapt(x, y)
     adapted.save(tmp_path / "adapted.keras")
     np.save(tmp_path / "x.npy", query_x)
-    code = (
-        "import sys, numpy as np; from maml import UserError; assert 'tensorflow' not in sys.modules\n"
-        "import keras; from maml import BatchNorm\n"
-        "found = keras.saving.load_model('adapted.keras').predict(np.load('x.npy'), verbose=0)\n"
-        "np.save('found.npy', found)"
-    )
-    subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, check=True, env=os.environ | {"PYTHONPATH": str(ROOT)}
-    )
-    needed = adapted.predict(query_x, verbose=0)
-    np.testing.assert_allclose(np.load(tmp_path / "found.npy"), needed, rtol=1e-6)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, "-c", OTHER_PROGRAM], cwd=tmp_path, check=True, env=environment)
+    np.testing.assert_allclose(np.load(tmp_path / "found.npy"), adapted(query_x), rtol=1e-5, atol=1e-6)
 
 
 def test_no_steps_take_the_statistics_alone_and_a_wild_step_is_told():
-    learner = Learner(network("batch_norm"), LOGITS, inner_lr=1e30)
-    x, y, *_ = episodes("batch_norm")[0]
+    learner = Learner(network("embedding"), LOGITS, inner_lr=1e30)
+    x, y, *_ = episodes("embedding")[0]
     adapted = learner.adapt(x, y, steps=0)
     for one, other in zip(adapted.trainable_variables, learner.model.trainable_variables, strict=True):
         np.testing.assert_array_equal(one, other)
-    needed = learner.maml.predict(learner.maml.weights(), tf.cast(x, tf.float32))
-    np.testing.assert_allclose(adapted.predict(x, verbose=0), needed, rtol=1e-5, atol=1e-6)
-    learner = Learner(network("dense", 1), "mse", inner_lr=1e30)
+    needed = learner.maml.predict(learner.maml.weights(), tf.constant(x))
+    np.testing.assert_allclose(adapted(x), needed, rtol=1e-5, atol=1e-6)
     with pytest.raises(Failure, match="not finite after 5 steps of α = 1e"):
         learner.adapt(x, y, steps=5)
-    with pytest.raises(UserError, match="steps=-1"):
+    with pytest.raises(UserError, match="steps=-1, needed a whole number of 0 or more"):
         learner.adapt(x, y, steps=-1)
 
 
 def test_only_what_is_to_be_adapted_is():
-    model = network("dense")
-    model.layers[0].adapted = False
-    adapted = Learner(model, LOGITS, inner_lr=0.1).adapt(*episodes("dense")[0][:2])
-    same = [np.array_equal(a, b) for a, b in zip(adapted.get_weights(), model.get_weights(), strict=True)]
-    assert same == [True, True, False, False]
+    model = network("functional")
+    model.layers[2].adapted = False
+    adapted = Learner(model, LOGITS, inner_lr=0.1).adapt(*episodes("functional")[0][:2])
+    pairs = zip(adapted.trainable_variables, model.trainable_variables, strict=True)
+    same = [np.array_equal(one, other) for one, other in pairs]
+    assert same == [True] * 2 + [False] * 6
 
 
 def test_indices_are_exact_however_large():
@@ -155,7 +178,8 @@ def test_indices_are_exact_however_large():
     inputs = keras.Input((1,), dtype="int64")
     parity = L.Lambda(lambda x: x % 2, output_shape=(1,))
     model = keras.Sequential([inputs, parity, L.Embedding(2, 1), L.Flatten()])
-    learner = Learner(model, "mse", inner_lr=0.5, vectorize=False)
+    learner = Learner(model, "mse", inner_lr=0.5)
+    assert not learner.maml.tasks.vectorize
     x, y = np.array([[2**24], [2**24 + 1]]), np.array([-1.0, 1.0])
     before = model.get_weights()[0]
     after = learner.maml.adapt(learner.maml.weights(), *map(tf.constant, (x, np.float32(y[:, None]))))[0][0]
@@ -164,101 +188,61 @@ def test_indices_are_exact_however_large():
     np.testing.assert_array_equal(fit.support_x, x)
 
 
-# --- Losses and episodes ------------------------------------------------------------------------------
-
-
-def test_losses_are_means_over_the_examples():
-    tasks = episodes("dense", labels=False)
-    losses = ["mse", "MeanSquaredError", keras.losses.MeanSquaredError(), mean_squared_error]
-    losses += [keras.losses.MeanSquaredError(reduction=None), lambda y, outputs: tf.square(y - outputs)]
-    found = [
-        Learner(network("dense", 1), loss, inner_lr=0.1).evaluate(tasks, tasks=2).query["loss"]
-        for loss in losses
-    ]
-    for other in found[1:]:
-        np.testing.assert_allclose(other, found[0], rtol=1e-5)
-    outputs = network("dense", 1).predict(tasks[0][2], verbose=0)[:, 0]
-    np.testing.assert_allclose(found[0][0, 0], np.mean((outputs - tasks[0][3]) ** 2), rtol=1e-4)
-
-
-def test_labels_are_known_by_their_loss_and_probabilities_are_asked_for():
-    model = network("dense")
-    assert Learner(model, LOGITS, inner_lr=0.1).maml.classification
-    assert not Learner(model, "mse", inner_lr=0.1).maml.classification
-    with pytest.raises(UserError, match=r"the last layer, 'dense.*', is linear.*from_logits=True"):
-        Learner(model, "sparse_categorical_crossentropy", inner_lr=0.1)
-    with pytest.raises(UserError, match="found 'msee', needed a Keras loss"):
-        Learner(model, "msee", inner_lr=0.1)
-    certain = keras.Sequential([model, L.Softmax()])
-    tasks = episodes("dense")
-    found, needed = (
-        Learner(net, loss, inner_lr=0.1).evaluate(tasks, tasks=2).query
-        for net, loss in ((certain, "sparse_categorical_crossentropy"), (model, LOGITS))
-    )
-    np.testing.assert_allclose(found["loss"], needed["loss"], rtol=1e-4)
-    np.testing.assert_array_equal(found["accuracy"], needed["accuracy"])
-
-
-def test_lists_data_sets_and_generators_train_alike():
-    tasks = episodes("dense", 8)
-    data = tf.data.Dataset.from_generator(lambda: iter(tasks), output_types=("float64", "int32") * 2)
-    weights = []
-    for source in (tasks, data, (task for task in tasks * 2)):
-        learner = Learner(network("dense"), LOGITS, inner_lr=0.1)
-        history = learner.fit(source, iterations=4, meta_batch=4)
-        assert history["query_accuracy"].shape == (4,) and history["support_loss"].shape == (4, 1)
-        weights.append(learner.model.get_weights())
-    for other in weights[1:]:
-        for one, same in zip(weights[0], other, strict=True):
-            np.testing.assert_array_equal(one, same)
-    with pytest.raises(UserError, match="the episodes end: found 2 more, needed 12"):
-        learner.fit(iter(tasks[:2]), iterations=3, meta_batch=4)
-    with pytest.raises(UserError, match="the episodes end: found 8 more, needed 9"):
-        learner.evaluate(tasks, tasks=9)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda x, y, *rest: (x, y), "an episode of 2 parts"),
-        (lambda x, y, *rest: (x[:, :3], y, *rest), r"inputs of shape \(6, 3\), needed \(None, 4\)"),
-        (lambda x, y, *rest: (x, y[:5], *rest), r"inputs \(6, 4\) with targets \(5,\)"),
-        (lambda x, y, *rest: (x, y[:, None], *rest), r"labels int64 \(6, 1\), needed integers \(6,\)"),
-        (lambda x, y, *rest: (x, y / 2, *rest), "labels float64"),
-        (lambda x, y, *rest: (x, y + 1, *rest), "labels 1 to 3, needed 0 to 2"),
-    ],
-)
-def test_episodes_that_do_not_fit_are_refused(change, message):
-    learner = Learner(network("dense"), LOGITS, inner_lr=0.1)
-    with pytest.raises(UserError, match=message):
-        learner.fit([change(*episodes("dense")[0])], iterations=1, meta_batch=1)
-
-
-def test_other_mistakes_in_training_are_told():
-    learner = Learner(network("dense"), LOGITS, inner_lr=0.1)
-    short = [field[:3] for field in episodes("dense")[0]]
-    with pytest.raises(UserError, match="episodes of different shapes"):
-        learner.fit([*episodes("dense", 1), short], iterations=1, meta_batch=2)
-    with pytest.raises(UserError, match="Sinusoid draws episodes of any size"):
-        learner.fit(Sinusoid(), iterations=1)
-    wild = Learner(network("dense", 1), "mse", inner_lr=1e30, inner_steps=5)
+def test_an_update_that_is_not_finite_is_not_made():
+    wild = Learner(network("functional", 1), "mse", inner_lr=1e30, vectorize=False)
     before = wild.model.get_weights()
     with pytest.raises(Failure, match="iteration 0: a loss or the meta-gradient is not finite"):
-        wild.fit(episodes("dense", labels=False), iterations=2)
+        wild.fit(episodes("functional", labels=False), iterations=2)
     np.testing.assert_array_equal(wild.model.get_weights()[0], before[0])
 
 
-def test_a_data_source_is_evaluated_as_the_program_does():
-    learner = Learner(network("dense", 1), "mse", inner_lr=0.1)
-    sinusoid = Learner(
-        keras.Sequential([keras.Input((1,)), L.Dense(5, activation="tanh"), L.Dense(1)]), "mse", inner_lr=0.01
+# --- Trained networks ---------------------------------------------------------------------------------
+
+
+def test_a_run_of_the_program_goes_on_in_python(tmp_path):
+    settings = parse(["--datasource=sinusoid", "--update_lr=0.02", "--num_updates=3", f"--logdir={tmp_path}"])
+    theirs = build.build_learner(settings, build.build_network(settings, (1,)))
+    run = Run(settings, theirs)
+    source, spec = Sinusoid(), build.train_spec(settings)
+    episode = source.sample(spec, "train", tf.zeros(1, tf.int64))
+    run.begin(episode)
+    run.iteration.assign(7)
+    run.save()
+    run.end()
+    learner = load_run(run.dir)
+    assert learner.iteration == 7 and learner.maml.inner_lr == 0.02 and learner.maml.inner_steps == 3
+    x, y, query_x, _ = (field[0] for field in episode)
+    needed = theirs.evaluate(episode, tf.constant(3)).predictions[0, 3]
+    np.testing.assert_allclose(learner.adapt(x, y)(query_x), needed, rtol=1e-5, atol=1e-6)
+    with pytest.raises(UserError, match="found no flags in it, needed a run folder"):
+        load_run(tmp_path)
+    with pytest.raises(UserError, match="found no such checkpoint"):
+        load_run(tmp_path / "model1")
+
+
+def test_the_published_weights_take_photographs_as_they_are(data_dir):
+    path = data_dir / "original_checkpoint" / "model59000"
+    if not path.with_name("model59000.index").exists():
+        pytest.skip(f"{path}.index is not there")
+    learner = load_run(path)
+    flags = ["--datasource=miniimagenet", "--num_classes=5", "--update_batch_size=2", f"--init_from={path}"]
+    settings = parse(flags)
+    theirs = build.build_learner(settings, build.build_network(settings, (84, 84, 3)))
+    Run(settings, theirs).begin_from(theirs.network)
+    for one, other in zip(learner.model.get_weights(), theirs.network.get_weights(), strict=True):
+        np.testing.assert_array_equal(one, other)
+    pixels = np.random.default_rng(0).integers(0, 256, (10, 84, 84, 3), np.uint8)
+    labels = np.arange(10, dtype=np.int32) % 5
+    episode = tf.nest.map_structure(tf.constant, maml.Episode(pixels, labels, pixels, labels))
+    logits = [
+        each.predict(each.weights(), each.to_floating(episode).query_x) for each in (theirs, learner.maml)
+    ]
+    np.testing.assert_allclose(*logits, rtol=1e-3, atol=1e-3)
+    # N times the mean, where the run's loss, a sum over one, would be twice that for two of each.
+    np.testing.assert_allclose(
+        learner.maml.loss(labels, logits[0]), theirs.loss(labels, logits[0]), rtol=1e-5
     )
-    spec = EpisodeSpec(1, 5, 7, 0)
-    result = sinusoid.evaluate(Sinusoid(), tasks=30, steps=2, spec=spec)
-    batch = Sinusoid().sample(spec, "test", tf.range(30, dtype=tf.int64))
-    needed = sinusoid.maml.evaluate(batch, tf.constant(2)).query["loss"]
-    np.testing.assert_allclose(result.query["loss"], needed, rtol=1e-5)
-    assert learner.iteration == 0
+    assert learner.maml.inner_lr == theirs.inner_lr and learner.maml.inner_steps == theirs.inner_steps == 5
 
 
 # --- Names, and the examples --------------------------------------------------------------------------
@@ -272,6 +256,7 @@ def test_every_name_is_there_and_no_other():
         maml.learn  # noqa: B018
 
 
+@pytest.mark.long
 def test_the_example_of_an_own_model_learns_waves():
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         own_model.main(iterations=600)
@@ -281,6 +266,7 @@ def test_the_example_of_an_own_model_learns_waves():
     assert printed.getvalue().count("\n") == 16
 
 
+@pytest.mark.long
 def test_the_example_of_a_few_images_keeps_a_classifier(data_dir, tmp_path):
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         accuracy = few_images.main(data_dir, str(tmp_path / "adapted.keras"), iterations=30)

@@ -1,10 +1,21 @@
 """The paper's networks: shapes, initial weights, names, norms, and exact derivatives of the norms."""
 
+import contextlib
+
 import numpy as np
 import pytest
 
 from maml import networks
-from maml.networks import BatchNorm, LayerNorm, adapted_weights, conv4, mlp, original_names, standardise
+from maml.networks import (
+    BatchNorm,
+    LayerNorm,
+    adapted_weights,
+    batch_statistics,
+    conv4,
+    mlp,
+    original_names,
+    standardise,
+)
 
 import keras  # isort: skip
 import tensorflow as tf  # isort: skip
@@ -204,7 +215,7 @@ def assign(layer: keras.layers.Layer, rng: np.random.Generator) -> dict[str, np.
 
 
 @pytest.mark.parametrize("shape", [(6, 5), (4, 3, 3, 5)])
-@pytest.mark.parametrize("training", [True])
+@pytest.mark.parametrize("training", [True, False, None])
 def test_batch_norm_uses_the_biased_statistics_of_the_batch(shape, training):
     rng = np.random.default_rng(0)
     x = 0.1 * rng.normal(size=shape) + 3  # so little variance that epsilon shows
@@ -213,7 +224,8 @@ def test_batch_norm_uses_the_biased_statistics_of_the_batch(shape, training):
     beta = assign(layer, rng)["beta"]
     axes = tuple(range(len(shape) - 1))
     expected = (x - x.mean(axes)) / np.sqrt(x.var(axes) + 1e-3) + beta
-    np.testing.assert_allclose(layer(x, training=training), expected, rtol=1e-11, atol=1e-12)
+    with contextlib.nullcontext() if training else batch_statistics():
+        np.testing.assert_allclose(layer(x, training=training), expected, rtol=1e-11, atol=1e-12)
 
 
 @pytest.mark.parametrize("shape", [(6, 5), (4, 3, 3, 5)])
@@ -224,6 +236,7 @@ def test_batch_norm_keeps_the_statistics_of_the_last_batch_for_when_it_does_not_
     layer.build(shape)
     beta = assign(layer, rng)["beta"]
     fresh = layer(x, training=False)
+    np.testing.assert_array_equal(layer(x), fresh)
     np.testing.assert_allclose(fresh, x / np.sqrt(1 + 1e-3) + beta, rtol=1e-11, atol=1e-12)
     for batch in (earlier, last):
         layer(batch, training=True)

@@ -1,0 +1,64 @@
+"""Networks that the command line, or the original program, has trained, for use from Python."""
+
+import os
+import pathlib
+
+import keras
+import tensorflow as tf
+
+from maml.library import Learner
+
+# A checkpoint does not say how it was trained; that which the paper's authors published was so.
+PUBLISHED = ("--datasource=miniimagenet", "--num_classes=5", "--update_batch_size=1", "--num_query=15")
+
+
+def load_run(path: str | os.PathLike, *, checkpoint: str = "newest") -> Learner:
+    """A learner with the weights, α and inner steps of a run of `python main.py`, wherever its folder is.
+
+    Its model takes pixels as they are, photographs 0…255 and Omniglot's 0 and 1 (ink), of the run's size.
+    The loss is that of the run, N times the mean cross entropy or the mean squared error, so that α means
+    what it meant, whatever the number of support examples. Test figures are after `--test_num_updates`
+    steps, 10 by default: `adapt(x, y, steps=10)`. Defines the program's flags in `absl.flags`.
+
+    Args:
+        path: the run folder, or the checkpoint that the paper's authors published for mini-ImageNet, 5-way
+            1-shot (its name without .index).
+        checkpoint: "newest", or "best" at validation.
+
+    Raises:
+        UserError: if there is no such run or checkpoint.
+    """
+    from maml import build, protocol, settings  # which define flags
+    from maml.run import Run
+
+    path = pathlib.Path(path)
+    if path.is_dir():
+        found = protocol.test_settings(path, [f"--checkpoint={checkpoint}"])
+    else:
+        found = settings.parse([*PUBLISHED, f"--init_from={path}", "--train=False"])
+    side, channels = found.img_size, 1 if found.datasource == "omniglot" else 3
+    shape = (side, side, channels) if side else (3,) if found.baseline == "oracle" else (1,)
+    network = build.build_network(found, shape)
+    run = Run(found, build.build_learner(found, network))
+    run.restore() if path.is_dir() else run.begin_from(network)
+
+    def n_times_the_mean(labels: tf.Tensor, logits: tf.Tensor) -> tf.Tensor:
+        losses = tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits)
+        return found.num_classes * tf.reduce_mean(losses)
+
+    source = build.DATASOURCES[found.datasource]
+    if source.scale != 1:
+        layers = [keras.layers.Rescaling(1 / source.scale), *network.layers]
+        network = keras.Sequential([keras.Input(shape), *layers])
+    learner = Learner(
+        network,
+        n_times_the_mean if found.classification else "mse",
+        inner_lr=found.update_lr,
+        inner_steps=found.num_updates,
+        first_order=found.stop_grad,
+        classification=found.classification,
+        meta_lr=found.meta_lr,
+        clip=source.clip,
+    )
+    learner.iteration = int(run.iteration)
+    return learner
