@@ -63,7 +63,7 @@ def test_default_run_is_quiet_and_ends_with_a_table(trained):
     _, done = trained
     assert done.stderr == ""
     lines = done.stdout.splitlines()
-    assert "not given, so from the paper: norm=None" in done.stdout
+    assert "the paper's  norm=None, num_updates=1" in done.stdout
     start = next(i for i, line in enumerate(lines) if "mean squared error ± 95 % CI" in line)
     assert [line.split()[:2] for line in lines[start + 1 : start + 13]] == [
         ["0", "support"],
@@ -74,7 +74,7 @@ def test_default_run_is_quiet_and_ends_with_a_table(trained):
 def test_run_folder_holds_everything(trained):
     run = trained[0] / SINUSOID
     folders = {"checkpoints", "train", "validation"}
-    files = {"flags", "data", "lock", "results.json", "validation.csv", "fits.png"}
+    files = {"flags", "data", "lock", "results.json", "results.lock", "validation.csv", "fits.png"}
     files.add("test_ubs5_stepsize0.001.csv")
     assert {path.name for path in run.iterdir()} == folders | files
     assert (run / "fits.png").read_bytes().startswith(b"\x89PNG")
