@@ -137,21 +137,44 @@ def test_help_on_a_full_disk_says_so():
     assert done.stderr == "error: cannot write the output (No space left on device).\n"
 
 
-@pytest.mark.parametrize("together", [False, True])
-def test_a_training_without_a_reader_saves_and_ends(tmp_path, together):
-    """As with `| head`, and with `2>&1 | head`."""
+STOPPED = """
+import sys
+from maml import command
+
+def work(_):
+    with command.put_off_interruption() as stop:
+        while stop.signal is None:
+            print("iteration", flush=True)
+        print("still goes on", file=sys.stderr, flush=True)
+        print("and is saved", flush=True)
+    stop.answer("saved")
+
+command.run(work)
+"""
+
+
+@pytest.mark.parametrize(
+    ("pipe", "said"), [("|", "nobody reads the output any more: saved\n"), ("2>&1 |", "")]
+)
+def test_work_without_a_reader_is_ended_in_order(pipe, said, tmp_path):
+    (tmp_path / "work.py").write_text(STOPPED)
+    command = f"PYTHONPATH={ROOT} {sys.executable} {tmp_path}/work.py {pipe} head -1; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (141, "iteration\n")
+    assert done.stderr == ("still goes on\n" + said if said else "")
+
+
+def test_a_training_without_a_reader_saves_and_ends(tmp_path):
     flags = ("--metatrain_iterations=1000000", "--save_interval=50", "--num_test_tasks=2")
     with subprocess.Popen(
         [sys.executable, "main.py", f"--logdir={tmp_path}", *flags], cwd=ROOT, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT if together else subprocess.PIPE,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     ) as process:  # fmt: skip
         head = [process.stdout.readline() for _ in range(6)]
         process.stdout.close()
-        said = "" if together else process.stderr.read()
+        said = process.stderr.read()
         assert process.wait(120) == 141, said
     assert head[0].startswith("maml: sinusoid 5-shot on ") and "1,761 weights" in head[5]
-    there = saved_iterations(tmp_path / SINUSOID)
-    assert there
-    if not together:
-        assert f"stopped at iteration {there[-1]} of 1000000, which is saved" in said
-        assert len(said.splitlines()) == 1
+    last = saved_iterations(tmp_path / SINUSOID)[-1]
+    assert f"stopped at iteration {last} of 1000000, which is saved" in said
+    assert len(said.splitlines()) == 1
