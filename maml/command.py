@@ -79,7 +79,7 @@ def run(
 
 def _stopped(said: str, otherwise: str, terminated: bool) -> int:
     """Says what there is to say of an interruption; returns the exit code."""
-    lost = Output.lost
+    lost = Output.lost if terminated else None
     if lost is None:
         print(f"\n{said or otherwise}", file=sys.stderr)
         return TERMINATED if terminated else INTERRUPTED
@@ -142,6 +142,7 @@ class Stop:
 
     def __init__(self):
         self.signal: int | None = None
+        self.unheard = False  # asked by the loss of the output, too
 
     def answer(self, message: str) -> None:
         """Stops now, if that was asked for: raises KeyboardInterrupt or, for SIGTERM, Terminated."""
@@ -159,9 +160,11 @@ def put_off_interruption() -> Iterator[Stop]:
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def note(number: int, frame: object) -> None:
-        if stop.signal is not None:
+        # Ctrl-C ends the reader of a pipe too: the loss of the output is no second request.
+        by_loss = Output.lost is not None and not stop.unheard
+        if stop.signal is not None and not by_loss:
             before[number](number, frame)
-        stop.signal = number
+        stop.signal, stop.unheard = stop.signal or number, stop.unheard or by_loss
         if Output.lost is None:
             with contextlib.suppress(OSError):
                 os.write(2, b"\nfinishing the iteration and saving; once more to stop at once\n")

@@ -138,11 +138,14 @@ def test_help_on_a_full_disk_says_so():
 
 
 STOPPED = """
-import sys
+import signal, sys, time
 from maml import command
 
 def work(_):
     with command.put_off_interruption() as stop:
+        if "--nolog" in sys.argv:
+            signal.raise_signal(signal.SIGINT)
+            time.sleep(1)
         while stop.signal is None:
             print("iteration", flush=True)
         print("still goes on", file=sys.stderr, flush=True)
@@ -162,6 +165,15 @@ def test_work_without_a_reader_is_ended_in_order(pipe, said, tmp_path):
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout) == (141, "iteration\n")
     assert done.stderr == ("still goes on\n" + said if said else "")
+
+
+def test_an_interruption_that_ends_the_reader_too_is_one_request(tmp_path):
+    """As Ctrl-C is where the output goes through `tee`: it is not taken for a second one, to stop at once."""
+    (tmp_path / "work.py").write_text(STOPPED)
+    command = f"PYTHONPATH={ROOT} {sys.executable} {tmp_path}/work.py --nolog | true; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 130
+    assert done.stderr.split("\n")[-4:] == ["still goes on", "", "saved", ""]
 
 
 def test_a_training_without_a_reader_saves_and_ends(tmp_path):
