@@ -8,7 +8,7 @@ import keras
 import tensorflow as tf
 
 from maml import datasets, networks, sources
-from maml.episodes import EpisodeSource, EpisodeSpec
+from maml.episodes import Episode, EpisodeSource, EpisodeSpec
 from maml.learner import Maml, cross_entropy, mean_squared_error
 from maml.settings import Settings
 
@@ -121,6 +121,12 @@ def build_learner(
 def load_data(settings: Settings) -> EpisodeSource:
     """The data set of the settings; raises UserError if it is not there or not whole."""
     return DATASOURCES[settings.datasource].load(settings)
+
+
+def first_episode(data: EpisodeSource, spec: EpisodeSpec, split: str) -> Episode:
+    """Episode 0 of a split, [1, …]; raises UserError if the data set cannot make such episodes."""
+    data.check(spec, split)
+    return data.sample(spec, split, tf.zeros(1, tf.int64))
 
 
 def train_spec(settings: Settings) -> EpisodeSpec:

@@ -1,19 +1,51 @@
 """The command line: `python main.py …` and, installed, `maml …`."""
 
+import runpy
+import shlex
+import sys
 from typing import TYPE_CHECKING
 
 from maml import command
+from maml.help_text import program
 from maml.settings import RANDOM, Settings, UserError, resolve
 
 if TYPE_CHECKING:
-    from maml.devices import Machine
+    import keras
 
+    from maml.devices import Machine
+    from maml.episodes import EpisodeSource
+    from maml.learner import Maml
+    from maml.run import Run
+
+USAGE = """usage: {program} [COMMAND] [--flag=value …]
+
+    {program}
+        trains on sinusoids, and tests
+    {program} --datasource=omniglot --num_classes=5 --update_batch_size=1
+        the same for 5-way 1-shot Omniglot
+
+In brackets: the default; "paper's" is the paper's value for the data set, as far as it gives one.
+"""
+COMMANDS = {
+    "adapt": "adapts a trained network to your own images, and names others",
+    "prepare": "reads and decodes a data set ahead of training",
+    "protocol": "tests one run under every protocol",
+    "reproduce": "runs the paper's experiments; a page of results",
+    "show_episodes": "draws episodes as the network is given them",
+    "sweep": "a run for every value of a grid of flags",
+}
 RESUMABLE = "stopped; the same command goes on from the last checkpoint"
 
 
 def run() -> None:
-    """Entry point: trains and tests as the flags say, and exits."""
-    command.run(_work, interrupted=RESUMABLE)
+    """Entry point: trains and tests as the flags say, or hands over to the command named first, and exits."""
+    name = sys.argv[1] if len(sys.argv) > 1 else ""
+    if name in COMMANDS:
+        del sys.argv[1]
+        runpy.run_module(f"maml.{name}", run_name="__main__", alter_sys=True)
+    else:
+        usage = USAGE.format(program=program())
+        command.run(_work, interrupted=RESUMABLE, usage=usage, commands=COMMANDS)
 
 
 def _work(_: list[str]) -> None:
@@ -31,30 +63,27 @@ def _work(_: list[str]) -> None:
 def _train_and_test(settings: Settings, machine: "Machine") -> None:
     with command.silent_start():
         import keras
-    import tensorflow as tf
 
-    from maml import build, evaluate, figures, results, show_episodes
+    from maml import build, show_episodes
     from maml.run import Run
     from maml.train import train
 
     keras.utils.set_random_seed(settings.seed)
     data = build.load_data(settings)
-    spec = build.test_spec(settings)
     try:
-        data.check(spec, settings.split)
+        tested = build.first_episode(data, build.test_spec(settings), settings.split)
     except UserError as error:
         other = "" if settings.test_set else " Or test on the meta-test classes: --test_set."
         raise UserError(f"{error}{other}") from error
-    one = data.sample(spec, settings.split, tf.zeros(1, tf.int64))
     with machine.scope():
-        network = build.build_network(settings, one.support_x.shape[2:])
+        network = build.build_network(settings, tested.support_x.shape[2:])
         learner = build.build_learner(settings, network, machine.strategy)
+    print(_line("network", _described(settings, network)), flush=True)
     folder = Run(settings, learner, chief=machine.chief)
     if settings.train:
         if settings.init_from and settings.init_from != RANDOM:
             folder.begin_from(learner.network)
-        data.check(build.train_spec(settings), "train")
-        folder.begin(data.sample(build.train_spec(settings), "train", tf.zeros(1, tf.int64)))
+        folder.begin(build.first_episode(data, build.train_spec(settings), "train"))
         machine.check_together(folder.iteration)
         if int(folder.iteration):
             print(f"resumed from iteration {int(folder.iteration)} of {settings.iterations}", flush=True)
@@ -62,12 +91,16 @@ def _train_and_test(settings: Settings, machine: "Machine") -> None:
             show_episodes.write_first_episodes(folder, data, settings)
         train(settings, learner, data, folder)
         folder.end()
-    if not machine.chief:
-        return
-    if not settings.train or settings.checkpoint == "best":
-        folder.restore()
+    if machine.chief:
+        if not settings.train or settings.checkpoint == "best":
+            folder.restore()
+        _test(settings, learner, data, folder, machine.description)
 
-    iteration = int(folder.iteration)
+
+def _test(settings: Settings, learner: "Maml", data: "EpisodeSource", folder: "Run", device: str) -> None:
+    from maml import build, evaluate, figures, results
+
+    iteration, spec = int(folder.iteration), build.test_spec(settings)
     print(
         f"testing iteration {iteration} on {settings.num_test_tasks} tasks, "
         f"{settings.test_num_updates} steps each",
@@ -83,28 +116,74 @@ def _train_and_test(settings: Settings, machine: "Machine") -> None:
         transductive=settings.transductive,
         progress=True,
     )
-    print(evaluate.table(result, settings, iteration))
+    print(f"\n{evaluate.table(result, settings, iteration)}\n")
     with folder.writing("write the results"):
-        written = [results.write(settings, result, iteration, machine.description).name, "results.json"]
+        written = [results.write(settings, result, iteration, device).name, "results.json"]
         if not settings.classification:
             picture = folder.dir / "fits.png"
             figures.sinusoid_fits(picture, learner, data, spec, steps=settings.test_num_updates)
             folder.write_picture("validation", "sinusoid/fits", picture)
             written.append(picture.name)
-    if settings.classification and not settings.test_set:
-        print("these are the meta-validation classes; add --train=False --test_set for the meta-test classes")
-    print(f"wrote {', '.join(written)} in {folder.dir}")
+    print("\n".join([f"wrote {', '.join(written)} in {folder.dir}", *_next(settings)]))
 
 
 def _header(settings: Settings, from_paper: dict[str, object], devices: str) -> str:
+    """What runs on what, but for the network, which depends on the data."""
     way = settings.num_classes if settings.classification else 1
+    task = (
+        f"{way}-way {settings.update_batch_size}-shot"
+        if settings.classification
+        else (f"{settings.update_batch_size}-shot")
+    )
     support, query = way * settings.update_batch_size, way * settings.num_query
+    steps = settings.num_updates if settings.train else settings.test_num_updates
+    order = "first" if settings.stop_grad else "second"
+    inner = (
+        f"{steps} step{'s' * (steps > 1)} of α = {settings.update_lr:g} on N·K = {support} support examples"
+    )
     lines = [
-        f"maml: {settings.datasource} on {devices}; run folder {settings.run_dir}",
-        f"per task: N·K = {support} support and N·Q = {query} query examples; "
-        f"{settings.meta_batch_size} tasks per iteration, {settings.iterations} iterations",
+        f"maml: {settings.datasource} {task} on {devices}",
+        _line("inner loop", f"{inner}, {order} order" if settings.train else inner),
     ]
+    if settings.train:
+        joint = f"{settings.pretrain_iterations:,} of joint training, " * bool(settings.pretrain_iterations)
+        lines.append(
+            _line(
+                "outer loop",
+                f"{joint}{settings.metatrain_iterations:,} iterations of β = {settings.meta_lr:g} on "
+                f"{settings.meta_batch_size} tasks with N·Q = {query} query examples each",
+            )
+        )
     if from_paper:
         shown = ", ".join(f"{name}={value}" for name, value in from_paper.items())
-        lines.append(f"not given, so from the paper: {shown}")
-    return "\n".join(lines)
+        lines.append(_line("the paper's", f"{shown}, since not given"))
+    return "\n".join([*lines, _line("run folder", str(settings.run_dir))])
+
+
+def _line(label: str, text: str) -> str:
+    return f"{label:<11}  {text}"
+
+
+def _described(settings: Settings, network: "keras.Model") -> str:
+    """The network in words."""
+    from maml import networks
+
+    norm = {"batch_norm": "batch norm", "layer_norm": "layer norm", "None": "no norm"}[settings.norm]
+    if settings.classification and settings.conv:
+        smaller = "2×2 max-pooling" if settings.max_pool else "stride 2"
+        layers = f"4 convolutions of {settings.num_filters} filters, {smaller}"
+    else:
+        hidden = networks.MLP_IMAGES if settings.classification else networks.MLP_SINUSOID
+        layers = f"fully connected, {'-'.join(map(str, hidden))}"
+    return f"{layers}, {norm}; {network.count_params():,} weights"
+
+
+def _next(settings: Settings) -> list[str]:
+    """What can be done with the run."""
+    lines = []
+    if settings.classification and not settings.test_set:
+        again = shlex.join([f"--flagfile={settings.run_dir / 'flags'}", "--train=False", "--test_set"])
+        lines.append(f"on the meta-test classes: {program()} {again}")
+    if settings.train and settings.log:
+        lines.append(f"curves and pictures: {shlex.join(['tensorboard', f'--logdir={settings.run_dir}'])}")
+    return lines

@@ -6,19 +6,22 @@ import signal
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Mapping
+import types
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
-from absl import app, logging
+from absl import app, flags, logging
 
-from maml import flag_parsing
+from maml import flag_parsing, flag_table, help_text
+from maml.output import Output
 from maml.settings import FLAGS, Failure, UserError
 
 DONE, FAILED, BAD_INPUT = 0, 1, 2
-INTERRUPTED, TERMINATED = 128 + signal.SIGINT, 128 + signal.SIGTERM  # as shells have it
+# As shells have it.
+INTERRUPTED, TERMINATED, UNHEARD = (128 + n for n in (signal.SIGINT, signal.SIGTERM, signal.SIGPIPE))
 
 
 class Terminated(KeyboardInterrupt):
-    """The program was sent SIGTERM, which it answers as it does Ctrl-C."""
+    """The program was sent SIGTERM, which it answers as it does Ctrl-C, or nobody reads what it prints."""
 
 
 def run(
@@ -27,6 +30,9 @@ def run(
     operands: str = "",
     any_number: bool = False,
     interrupted: str = "interrupted",
+    usage: str | None = None,
+    topics: Sequence[str] = tuple(flag_table.TOPICS),
+    commands: Mapping[str, str] = types.MappingProxyType({}),
 ) -> None:
     """Parses the flags, does the work and exits.
 
@@ -35,8 +41,12 @@ def run(
         operands: what these are, for the message where there are none; "": there may be none.
         any_number: of operands, from none; else just one.
         interrupted: said after Ctrl-C or SIGTERM, unless the exception says more.
+        usage: the first paragraphs of the help (default: the docstring of the module of `work`).
+        topics: of the flags of `main.py` that the help shows, after those of the module itself.
+        commands: for the help, and for what is said of one that is mistyped.
 
-    Exit codes: 0 done, 1 failed on the way (disk, numbers), 2 bad input, 130 Ctrl-C, 143 SIGTERM.
+    Exit codes: 0 done, 1 failed on the way (disk, numbers), 2 bad input, 130 Ctrl-C, 143 SIGTERM, 141 the
+    reader of its output has gone (`| head`).
     """
 
     def main(arguments: list[str]) -> int:
@@ -44,31 +54,83 @@ def run(
             logging.set_verbosity(logging.WARNING)
         try:
             work(arguments[1:])
+            print(end="", flush=True)  # while it still matters whether that can be
         except (UserError, Failure) as error:
             print(f"error: {error}", file=sys.stderr)
             return BAD_INPUT if isinstance(error, UserError) else FAILED
         except KeyboardInterrupt as stopped:
-            print(f"\n{str(stopped) or interrupted}", file=sys.stderr)
-            return TERMINATED if isinstance(stopped, Terminated) else INTERRUPTED
+            return _stopped(str(stopped), interrupted, isinstance(stopped, Terminated))
         return DONE
+
+    def parse(arguments: list[str]) -> list[str]:
+        _define_help(usage or sys.modules[work.__module__].__doc__, topics, commands)
+        return _parse(arguments, operands, any_number, commands)
 
     def terminated(*_) -> None:
         raise Terminated
 
     signal.signal(signal.SIGTERM, terminated)
-    for flag in FLAGS.flags_by_module_dict()["maml.settings"]:
-        FLAGS.register_key_flag_for_module(sys.argv[0], flag)  # what --helpshort shows
-    app.run(main, flags_parser=lambda arguments: _parse(arguments, operands, any_number))
+    with Output.watched():
+        try:
+            app.run(main, flags_parser=parse)
+        except KeyboardInterrupt as stopped:  # while it read the flags, or showed the help
+            sys.exit(_stopped("", "", isinstance(stopped, Terminated)))
 
 
-def _parse(arguments: list[str], operands: str, any_number: bool) -> list[str]:
+def _stopped(said: str, otherwise: str, terminated: bool) -> int:
+    """Says what there is to say of an interruption; returns the exit code."""
+    lost = Output.lost if terminated else None
+    if lost is None:
+        print(f"\n{said or otherwise}", file=sys.stderr)
+        return TERMINATED if terminated else INTERRUPTED
+    if isinstance(lost, BrokenPipeError):
+        if said:  # else quietly, as other programs end then
+            print(f"nobody reads the output any more: {said}", file=sys.stderr)
+        return UNHEARD
+    print(f"error: cannot write the output ({lost.strerror}). {said or otherwise}".strip(), file=sys.stderr)
+    return FAILED
+
+
+def _define_help(usage: str, topics: Sequence[str], commands: Mapping[str, str]) -> None:
+    """Puts our help in the place of absl's."""
+    here = FLAGS.flags_by_module_dict().get(sys.argv[0], [])  # so absl calls the module that is run
+    own = [flag.name for flag in here]
+
+    def short() -> str:
+        return help_text.page(usage, FLAGS, own, topics, commands)
+
+    for name, shown, letter in (
+        ("help", short, "?"),
+        ("helpshort", short, None),
+        ("helpfull", FLAGS.get_help, None),
+    ):
+        flags.DEFINE_flag(_Help(name, shown, letter))
+
+
+class _Help(flags.BooleanFlag):
+    """Shows a text and ends the program."""
+
+    def __init__(self, name: str, text: Callable[[], str], letter: str | None):
+        super().__init__(name, False, "show the flags", short_name=letter, allow_override=True)
+        self._text = text
+
+    def parse(self, argument: str | bool | None) -> None:
+        super().parse(argument)
+        if self.value:
+            print(self._text(), flush=True)
+            sys.exit(DONE)
+
+
+def _parse(arguments: list[str], operands: str, any_number: bool, commands: Mapping[str, str]) -> list[str]:
     """The program's name and the arguments that are not flags; one line instead of a usage page if wrong."""
     try:
+        if commands and arguments[1:] and not arguments[1].startswith("-"):
+            raise flag_parsing.no_command(arguments[1], commands)
         rest = flag_parsing.read(FLAGS, arguments[1:])
         if operands and not any_number and len(rest) != 1:
             raise UserError(f"found {' '.join(rest) or 'nothing'}, needed one {operands}.")
         if rest and not operands:
-            raise flag_parsing.not_flags(rest)
+            raise flag_parsing.not_flags(rest, commands)
     except UserError as error:
         print(f"error: {error} See --helpshort.", file=sys.stderr)
         sys.exit(BAD_INPUT)
@@ -80,6 +142,7 @@ class Stop:
 
     def __init__(self):
         self.signal: int | None = None
+        self.unheard = False  # asked by the loss of the output, too
 
     def answer(self, message: str) -> None:
         """Stops now, if that was asked for: raises KeyboardInterrupt or, for SIGTERM, Terminated."""
@@ -97,10 +160,14 @@ def put_off_interruption() -> Iterator[Stop]:
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def note(number: int, frame: object) -> None:
-        if stop.signal is not None:
+        # Ctrl-C ends the reader of a pipe too: the loss of the output is no second request.
+        by_loss = Output.lost is not None and not stop.unheard
+        if stop.signal is not None and not by_loss:
             before[number](number, frame)
-        stop.signal = number
-        os.write(2, b"\nfinishing the iteration and saving; once more to stop at once\n")
+        stop.signal, stop.unheard = stop.signal or number, stop.unheard or by_loss
+        if Output.lost is None:
+            with contextlib.suppress(OSError):
+                os.write(2, b"\nfinishing the iteration and saving; once more to stop at once\n")
 
     main = threading.current_thread() is threading.main_thread()
     # Not where a signal is ignored, or ends the process.

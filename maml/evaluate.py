@@ -100,28 +100,28 @@ def measure_tasks(
 
 
 def table(result: TestResult, settings: "Settings", iteration: int) -> str:
-    """The result as text, with the protocol it was got under."""
+    """The result as text, under the protocol it was got by."""
     split = {"val": "meta-validation", "test": "meta-test"}[settings.split]
-    head = f"{settings.datasource}"
-    if settings.classification:
-        head += f" {settings.num_classes}-way"
+    way = f" {settings.num_classes}-way" if settings.classification else ""
     order = "first" if settings.stop_grad else "second"
-    head += f" {settings.update_batch_size}-shot after {iteration} iterations ({order} order"
-    head += f", {settings.baseline}" if settings.baseline else ""
+    baseline = f", {settings.baseline}" if settings.baseline else ""
+    head = f"{settings.datasource}{way} {settings.update_batch_size}-shot after {iteration} iterations"
     tasks, queries = settings.num_test_tasks, settings.test_num_query
-    per_class = " per class" if settings.classification else " points"
-    head += f"): {tasks} {split} tasks, {queries} query{per_class}, α {settings.update_lr:g}"
+    each = "query per class" if settings.classification else f"query point{'s' * (queries > 1)}"
+    protocol = f"{tasks} {split} tasks, {queries} {each}, α {settings.update_lr:g}"
     if settings.norm == "batch_norm":
         over = "query set (transductive)" if settings.transductive else "support set (not transductive)"
-        head += f", batch norm over the {over}"
+        protocol += f", batch norm over the {over}"
     scale, digits, name = SHOWN[result.measure]
 
     def line(step: int, where: str, values: Series) -> str:
         mean, ci95 = scale * values.mean[step], scale * values.ci95[step]
-        return f"{step:>5}  {where:<8}  {mean:8.{digits}f} ± {ci95:.{digits}f}"
+        trained = "  as trained" if where == "query" and step == settings.num_updates else ""
+        return f"{step:>5}  {where:<8}  {mean:8.{digits}f} ± {ci95:5.{digits}f}{trained}"
 
     support, query = series(result.support[result.measure]), series(result.query[result.measure])
-    lines = [head, f"{'step':>5}  {'on':<8}  {name} ± 95 % CI", line(0, "support", support)]
+    lines = [f"{head} ({order} order{baseline})", protocol]
+    lines += [f"{'step':>5}  {'on':<8}  {name} ± 95 % CI", line(0, "support", support)]
     lines += [line(step, "query", query) for step in range(len(query.mean))]
     if result.diverged:
         lines.append(

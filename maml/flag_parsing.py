@@ -7,6 +7,7 @@ import difflib
 import itertools
 import math
 import os
+import pathlib
 import re
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -18,6 +19,7 @@ LARGEST = 2**31 - 1  # of numbers: what TensorFlow's shapes can hold
 LONGEST_NAME = 100  # of a flag, in characters: absl looks for similar ones with a recursion as deep
 LONGEST_PART, LONGEST_PATH = 255, 3000  # bytes; the system's limits, with room for what we add to a path
 MOST_ARGUMENTS, DEEPEST, LARGEST_FILE = 10_000, 20, 1 << 20  # flagfiles: flags, files in files, bytes
+FLAGFILES = "flags"  # `--flagfile=flags/…` is ours where there is no such file
 SHOWN, LONGEST_LINE = 400, 3000  # characters of a value, of a line of a message
 
 
@@ -60,6 +62,12 @@ class ExplainingParser(flags.ArgumentParser):
         return f"an {what}" if what.startswith("integer") else what
 
 
+def flagfiles() -> pathlib.Path:
+    """The folder of the flagfiles that come along: in the checkout, or in the installed package."""
+    package = pathlib.Path(__file__).parent  # setup.py installs flags/ as maml.flagfiles
+    return next(filter(pathlib.Path.is_dir, (package / "flagfiles", package.parent / FLAGFILES)))
+
+
 def explain(defined: Iterable[flags.Flag]) -> None:
     """Has the refusals of these flags say what is needed and what to do. All of text have to be paths."""
     for flag in defined:
@@ -96,8 +104,20 @@ def read(values: flags.FlagValues, arguments: Sequence[str]) -> list[str]:
         raise UserError(f"{_shortened(text)}.") from error
 
 
-def not_flags(arguments: Sequence[str]) -> UserError:
-    """What is said of arguments where only flags are needed."""
+def no_command(word: str, commands: Iterable[str]) -> UserError:
+    """What is said of a first word that is neither a flag nor one of the commands."""
+    similar = difflib.get_close_matches(word, commands, n=1)
+    advice = f"Did you mean {similar[0]}?" if similar else "Drop it, or write it so."
+    return UserError(
+        f"found {_shortened(word)}, needed flags (--name=value) or a command ({', '.join(commands)}). "
+        f"{advice}"
+    )
+
+
+def not_flags(arguments: Sequence[str], commands: Iterable[str] = ()) -> UserError:
+    """What is said of arguments where only flags are needed, or of a command that does not come first."""
+    if arguments[0] in commands:
+        return UserError(f"found {arguments[0]} behind flags, needed the command first. Move it there.")
     return UserError(
         f"found {_shortened(' '.join(arguments))}, needed flags (--name=value). Drop it, or write it so."
     )
@@ -111,6 +131,7 @@ def _expanded(arguments: Iterable[str], above: tuple[str, ...]) -> Iterator[str]
             yield from (argument, *rest)
         elif directive := re.fullmatch(r"--?flagfile(?:=(.*))?", argument, re.DOTALL):
             name = next(rest, "") if directive[1] is None else directive[1]
+            name = _or_ours(name)
             path = os.path.realpath(os.path.expanduser(name)) if "\0" not in name else name
             if path in above:
                 raise UserError(
@@ -126,6 +147,13 @@ def _expanded(arguments: Iterable[str], above: tuple[str, ...]) -> Iterator[str]
             raise UserError(f"found {_shortened(argument)}, needed flags of --helpshort. Drop it.")
         else:
             yield argument
+
+
+def _or_ours(name: str) -> str:
+    """The flagfile that comes along, in the place of one that is not there: `flags/…` does in any folder."""
+    first, _, rest = name.partition("/")
+    ours = os.path.join(flagfiles(), rest)
+    return ours if first == FLAGFILES and not os.path.exists(name) and os.path.isfile(ours) else name
 
 
 def _lines(name: str) -> list[str]:

@@ -9,7 +9,9 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from maml import results
-from maml.command import DONE, INTERRUPTED, TERMINATED, Terminated, handlers
+from maml.command import DONE, INTERRUPTED, TERMINATED, UNHEARD, Terminated, handlers
+from maml.flag_parsing import FLAGFILES, flagfiles
+from maml.help_text import program
 from maml.settings import FLAGS, Settings, UserError, parse
 
 
@@ -22,13 +24,18 @@ class Job(NamedTuple):
     @property
     def command(self) -> str:
         """What to type; see `shown`."""
-        return shlex.join(["python", "main.py", *shown(self.arguments, self.settings)])
+        return f"{program()} {shlex.join(shown(self.arguments, self.settings))}"
 
 
 def shown(arguments: Sequence[str], settings: Settings) -> list[str]:
-    """The arguments without the folders, which differ from machine to machine; but one's own images stay."""
+    """The arguments as they can be typed on any machine.
+
+    That is without the folders, but one's own images stay, and with our flagfiles by their short names.
+    """
     hidden = ("--logdir=",) if settings.datasource == "folder" else ("--logdir=", "--data_dir=")
-    return [argument for argument in arguments if not argument.startswith(hidden)]
+    ours = f"--flagfile={flagfiles()}/"
+    kept = [argument for argument in arguments if not argument.startswith(hidden)]
+    return [argument.replace(ours, f"--flagfile={FLAGFILES}/", 1) for argument in kept]
 
 
 def job(arguments: Sequence[str]) -> Job:
@@ -56,7 +63,9 @@ def result(job: Job, title: str) -> dict:
     print(f"\n=== {title}\n{job.command}", flush=True)
     with subprocess.Popen([sys.executable, "-m", "maml", *job.arguments]) as run, _signals_left_to(run):
         code = run.wait()
-    if code in (TERMINATED, -signal.SIGTERM):
+    if code == UNHEARD:
+        print(flush=True)  # finds out for itself that nobody reads
+    if code in (UNHEARD, TERMINATED, -signal.SIGTERM):
         raise Terminated
     if code in (INTERRUPTED, -signal.SIGINT):
         raise KeyboardInterrupt

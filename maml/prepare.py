@@ -31,4 +31,4 @@ def prepare(operands: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    command.run(prepare, operands=f"data set ({', '.join(PREPARABLE)})")
+    command.run(prepare, operands=f"data set ({', '.join(PREPARABLE)})", topics=("Task and data",))

@@ -14,7 +14,8 @@ import sys
 from typing import TYPE_CHECKING, NamedTuple
 
 from maml import command, launch, results
-from maml.settings import CHECKPOINTS, FLAGS, Settings, UserError, parse
+from maml.flag_table import CHECKPOINTS
+from maml.settings import FLAGS, Settings, UserError, parse
 
 if TYPE_CHECKING:
     import tensorflow as tf
@@ -250,7 +251,7 @@ def _work(operands: list[str]) -> None:
     data = build.load_data(settings)
     queries = queries_that_fit(settings, data)
     spec = build.test_spec(dataclasses.replace(settings, test_num_query=queries[0]))
-    one = data.sample(spec, settings.split, tf.zeros(1, tf.int64))
+    one = build.first_episode(data, spec, settings.split)
     learner = build.build_learner(settings, build.build_network(settings, one.support_x.shape[2:]))
     todo = variants(settings, checkpoints(settings, learner), queries)
 
@@ -278,4 +279,4 @@ def _work(operands: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    command.run(_work, operands="run folder")
+    command.run(_work, operands="run folder", topics=("Test protocol",))

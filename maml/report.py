@@ -1,6 +1,5 @@
 """The results page: paper, original and ours side by side, each figure with its protocol and command."""
 
-import csv
 import dataclasses
 import functools
 import pathlib
@@ -183,10 +182,7 @@ def _write_csv(path: pathlib.Path, outcomes: Sequence[Outcome]) -> None:
                         row |= {"mean": mean, "std": std, "ci95": ci95, "iterations": entry["iterations"]}
                         row |= {"trained_iterations": entry["trained_iterations"]} | entry["protocol"]
                         rows.append(row | {"command": _command(job, entry), "hardware": entry["hardware"]})
-    with path.open("w", newline="", encoding="utf-8") as file:
-        out = csv.DictWriter(file, rows[0] if rows else ["cell"])
-        out.writeheader()
-        out.writerows(rows)
+    write_whole(path, results.csv_text(rows))
 
 
 # --- Figures ------------------------------------------------------------------------------------------

@@ -10,18 +10,15 @@ from collections.abc import Sequence
 
 from absl import flags
 
-from maml import command, launch, report
+from maml import command, flag_parsing, launch, report, results
 from maml.cells import CELLS
 from maml.launch import Job
 from maml.settings import FLAGS, UserError, parse
 
 
 def flagfile(cell: str) -> pathlib.Path:
-    """The flagfile of a cell: in the checkout, or in the installed package."""
-    package = pathlib.Path(__file__).parent  # setup.py installs flags/ as maml.flagfiles
-    folder = next(filter(pathlib.Path.is_dir, (package / "flagfiles", package.parent / "flags")))
-    path, here = folder / f"{cell}.flags", pathlib.Path.cwd()
-    return path.relative_to(here) if path.is_relative_to(here) else path
+    """The flagfile of a cell."""
+    return flag_parsing.flagfiles() / f"{cell}.flags"
 
 
 def job(cell: str, scale: float, overrides: Sequence[str] = ()) -> Job:
@@ -76,6 +73,9 @@ def reproduce(asked: Sequence[str], *, scale: float, seeds: int, results_dir: pa
     for number, cell in enumerate(asked, 1):
         for seed, one in enumerate(jobs[cell]):
             title = f"{cell} ({number} of {len(asked)})" + (f", seed {seed}" if seeds > 1 else "")
+            if further := _further(one):
+                print(f"{title}: there are {further:,} iterations already, which the page shows", flush=True)
+                continue
             try:
                 launch.result(one, title)
             except UserError as error:
@@ -84,6 +84,15 @@ def reproduce(asked: Sequence[str], *, scale: float, seeds: int, results_dir: pa
         outcomes = [report.Outcome(name, there, full[name]) for name, there in jobs.items()]
         report.write(results_dir, outcomes)
     return failures
+
+
+def _further(job: Job) -> int | None:
+    """The iterations of a tested run that has passed by the job's and has no checkpoint of them; or None."""
+    settings = job.settings
+    if results.find(settings) or settings.iterations in results.saved_iterations(settings.run_dir):
+        return None
+    trained = (results.furthest(settings) or {"trained_iterations": 0})["trained_iterations"]
+    return trained if trained > settings.iterations else None
 
 
 def _work(operands: list[str]) -> None:

@@ -16,12 +16,15 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import filelock
+
 import maml
 
 if TYPE_CHECKING:
     from maml.evaluate import TestResult
     from maml.settings import Settings
 
+LONGEST_WAIT = 60.0  # seconds, for another process to write its results
 LIBRARIES = ("tensorflow", "keras", "numpy")
 # How a measure is shown: its factor, its decimals, its name.
 SHOWN = {"accuracy": (100.0, 2, "accuracy, %"), "loss": (1.0, 3, "mean squared error")}
@@ -68,14 +71,10 @@ def write(settings: "Settings", result: "TestResult", iteration: int, device: st
 
     Returns:
         The path of the CSV.
-    """
-    table = settings.run_dir / f"test_ubs{settings.update_batch_size}_stepsize{settings.update_lr}.csv"
-    rows = result.series(result.measure)
-    with table.open("w", newline="", encoding="utf-8") as file:
-        out = csv.writer(file)
-        out.writerow([f"update{i}" for i in range(len(rows.mean))])
-        out.writerows(values.tolist() for values in rows)
 
+    Raises:
+        OSError: if the folder cannot be written to, or another process does not come to an end with it.
+    """
     entry = {
         "protocol": protocol(settings),
         "iterations": iteration,
@@ -91,9 +90,23 @@ def write(settings: "Settings", result: "TestResult", iteration: int, device: st
         },
         "hardware": f"{platform.machine()}, {os.cpu_count()} cores; {device}",
     }
-    entries = [other for other in read(settings.run_dir) if other["protocol"] != entry["protocol"]]
-    write_whole(settings.run_dir / "results.json", json.dumps([*entries, entry], indent=1))
+    table = settings.run_dir / f"test_ubs{settings.update_batch_size}_stepsize{settings.update_lr}.csv"
+    # Another test of this run may end at the same moment.
+    with filelock.FileLock(settings.run_dir / "results.lock", timeout=LONGEST_WAIT):
+        write_whole(table, _original_csv(result))
+        entries = [other for other in read(settings.run_dir) if other["protocol"] != entry["protocol"]]
+        write_whole(settings.run_dir / "results.json", json.dumps([*entries, entry], indent=1))
     return table
+
+
+def _original_csv(result: "TestResult") -> str:
+    """The original's table: a column per update, rows of means, standard deviations and intervals."""
+    text = io.StringIO()
+    rows = result.series(result.measure)
+    out = csv.writer(text)
+    out.writerow([f"update{i}" for i in range(len(rows.mean))])
+    out.writerows(values.tolist() for values in rows)
+    return text.getvalue()
 
 
 def read(run_dir: pathlib.Path) -> list[dict]:

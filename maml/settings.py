@@ -1,154 +1,25 @@
-"""Command-line flags, the paper's values for each data set, and the checked `Settings` they become.
+"""The command line's flags, the paper's values for each data set, and the checked `Settings` they become.
 
-Names, types and defaults are those of the original `cbfinn/maml`; the flags under "Ours" are new.
 This module imports nothing heavy: a mistyped flag is answered at once.
 """
 
 import dataclasses
-import functools
 import hashlib
-import os
 import pathlib
 import re
 from collections.abc import Sequence
 
 from absl import flags
 
-from maml import flag_parsing
+from maml import flag_parsing, flag_table
 from maml.errors import Failure as Failure
 from maml.errors import UserError as UserError
 
 FLAGS = flags.FLAGS
 
-DATASOURCES = ("sinusoid", "omniglot", "miniimagenet", "folder")
-NORMS = ("batch_norm", "layer_norm", "None")
-CHECKPOINTS = ("newest", "best")
-ON_NAN = ("stop", "skip")
 RANDOM = "random"
 
-
-def _define_flags(values: flags.FlagValues) -> None:
-    string, integer, number, boolean, enum = (
-        functools.partial(define, flag_values=values)
-        for define in (
-            flags.DEFINE_string,
-            flags.DEFINE_integer,
-            flags.DEFINE_float,
-            flags.DEFINE_bool,
-            flags.DEFINE_enum,
-        )
-    )
-    # Task
-    enum("datasource", "sinusoid", DATASOURCES, "data set the tasks T_i ~ p(T) are drawn from")
-    integer("num_classes", 5, "N, the ways of a classification task", lower_bound=2)
-    integer("update_batch_size", 5, "K, support examples per class (inner loop)", lower_bound=1)
-    enum("baseline", None, ["oracle"], "oracle: the network is told the task (sinusoid only)")
-    # Outer loop
-    integer("pretrain_iterations", 0, "iterations of joint training without adaptation", 0)
-    integer("metatrain_iterations", 15000, "meta-training iterations (paper: 60000; sinusoid: 70000)", 0)
-    integer("meta_batch_size", 25, "tasks per meta-update [paper's value for the data set]", 1)
-    number("meta_lr", 0.001, "β, the meta step size (Adam)", lower_bound=0.0)
-    # Inner loop
-    number(
-        "update_lr",
-        1e-3,
-        "α, the inner-loop step size; acts on the cross entropy summed over examples and divided by K "
-        "(N times the mean), or on the mean squared error [paper's value for the data set]",
-        lower_bound=0.0,
-    )
-    integer("num_updates", 1, "inner gradient steps in training [paper's value for the data set]", 1)
-    boolean("stop_grad", False, "first-order MAML: no second derivatives (section 5.2)")
-    # Network
-    enum("norm", "batch_norm", NORMS, "normalisation [paper's value for the data set]", case_sensitive=False)
-    integer("num_filters", 64, "filters per convolution [paper's value for the data set]", 1)
-    boolean("conv", True, "convolutional network; --noconv: fully connected (images only)")
-    boolean("max_pool", False, "2×2 max-pooling instead of stride 2 [paper's value for the data set]")
-    # Logging, saving, testing
-    boolean("log", True, "write TensorBoard event files")
-    string("logdir", "/tmp/data", "folder that holds the run folders")
-    boolean("resume", True, "go on from the newest checkpoint of this run, if there is one")
-    boolean("train", True, "train, then test; --notrain: only test")
-    integer("test_iter", -1, "iteration of the checkpoint to test, -1 for the newest", lower_bound=-1)
-    boolean("test_set", False, "test on the meta-test classes instead of the meta-validation classes")
-    integer("train_update_batch_size", -1, "K the tested run was trained with, if it differs", -1)
-    number("train_update_lr", -1.0, "α the tested run was trained with, if it differs")
-    # Ours
-    integer("num_query", None, "Q, query examples per class in training (default: K)", lower_bound=1)
-    integer("test_num_query", None, "Q at validation and test (default: K)", lower_bound=1)
-    integer("test_num_updates", 10, "inner gradient steps at validation and test", lower_bound=1)
-    integer("num_test_tasks", 600, "tasks the test averages over", lower_bound=2)
-    enum(
-        "checkpoint",
-        "newest",
-        CHECKPOINTS,
-        "which checkpoint to test; best: at meta-validation after --num_updates steps, as the author chose",
-    )
-    boolean(
-        "transductive",
-        True,
-        "at validation and test, batch norm of the query set by its own statistics, as in the original; "
-        "--notransductive: by the support set's",
-    )
-    string(
-        "init_from",
-        None,
-        "run folder (its newest checkpoint) or checkpoint, the original's too, whose weights to begin with; "
-        "'random' for fresh ones, to test them with --metatrain_iterations=0",
-    )
-    string(
-        "data_dir",
-        os.environ.get("MAML_DATA_DIR") or "data",
-        "folder that holds the data sets, for instance omniglot/ (environment: MAML_DATA_DIR); for "
-        "--datasource=folder the folder, .tar or .zip of {train,val,test}/<class>/* or <class>/* itself, "
-        "where <class> may be several folders deep",
-    )
-    integer("img_size", None, "side of the images in pixels (default: Omniglot 28, photographs 84)", 16, 4096)
-    boolean("skip_bad_images", False, "leave out images that cannot be read instead of stopping")
-    integer(
-        "seed", 0, "seeds the weights, the class split and the episodes", lower_bound=0, upper_bound=2**31
-    )
-    integer(
-        "tasks_per_chunk",
-        None,
-        "tasks held in memory at once: the meta-gradient is summed over parts of so many tasks, the same "
-        "to rounding; for a meta-batch that does not fit. Each may take longer. [chosen: one per core "
-        "with convolutions, else the meta-batch]",
-        lower_bound=1,
-    )
-    boolean(
-        "mixed_precision",
-        False,
-        "hidden layers compute in bfloat16; weights, gradients, norms, the head and the losses stay "
-        "float32. For hardware that is fast in bfloat16; the run gets a folder of its own",
-    )
-    boolean(
-        "jit_compile",
-        None,
-        "compile the training with XLA, for speed in return for a slow start [chosen: only for networks "
-        "without convolutions]",
-    )
-    boolean(
-        "deterministic",
-        False,
-        "the same result bit for bit on a GPU too, at some cost in speed (on a CPU it is so anyway)",
-    )
-    integer("save_interval", 1000, "iterations between checkpoints (and validations)", lower_bound=1)
-    integer(
-        "keep",
-        None,
-        "newest checkpoints to keep, beside the best at validation [chosen: all]",
-        lower_bound=2,
-    )
-    enum(
-        "on_nan",
-        "stop",
-        ON_NAN,
-        "where a loss or the meta-gradient is not finite: stop and say in which episode, or skip the update",
-    )
-    flag_parsing.explain(values.flags_by_module_dict()["maml.settings"])
-
-
-_define_flags(FLAGS)
+flag_table.define(FLAGS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -291,7 +162,7 @@ def parse(arguments: Sequence[str]) -> Settings:
         UserError: where `main.py` would end with one.
     """
     values = flags.FlagValues()
-    _define_flags(values)
+    flag_table.define(values)
     if rest := flag_parsing.read(values, arguments):
         raise flag_parsing.not_flags(rest)
     return resolve(values)[0]

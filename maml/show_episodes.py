@@ -70,4 +70,4 @@ def _show(_: list[str]) -> None:
 if __name__ == "__main__":
     flags.DEFINE_string("out", "episodes.png", "the PNG file to write")
     flags.DEFINE_integer("episodes", 3, "episodes to draw of each split", lower_bound=1)
-    command.run(_show)
+    command.run(_show, topics=("Task and data",))

@@ -210,25 +210,32 @@ class _Progress:
         self._bar = tqdm(
             initial=begin,
             total=total,
-            desc="training",
             unit="it",
+            bar_format="{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} "
+            "[{elapsed}<{remaining}, {rate_fmt}]{postfix}",
             smoothing=0.1,
             disable=not sys.stderr.isatty(),
             mininterval=0.2,
         )
-        self._begin, self._done, self._total = begin, begin, total
+        self._done, self._total = begin, total
         self._start = self._last_line = self._last_rate = time.monotonic()
         self._rate_from = begin
+        self._steady: tuple[float, int] | None = (
+            None  # when the first call was over, which compiles, and where
+        )
 
     def advance(self, count: int, measures: dict[str, tf.Tensor], row: int) -> None:
         self._done += count
         now = time.monotonic()
+        if self._steady is None:
+            self._steady = now, self._done
+            self._bar.unpause()
         if self._bar.disable:
-            if now - self._last_line < PLAIN_LINE_SECONDS:
+            since, done = now - self._steady[0], self._done - self._steady[1]
+            if now - self._last_line < PLAIN_LINE_SECONDS or not done:
                 return
-            elapsed = now - self._start
-            left = elapsed / (self._done - self._begin) * (self._total - self._done)
-            rate = (self._done - self._begin) / elapsed
+            rate = done / since
+            left = (self._total - self._done) / rate
             print(
                 f"iteration {self._done}/{self._total}, {self._losses(measures, row)}, {rate:.3g} it/s, "
                 f"{tqdm.format_interval(left)} left",
@@ -241,11 +248,11 @@ class _Progress:
 
     @staticmethod
     def _losses(measures: dict[str, tf.Tensor], row: int) -> str:
-        text = f"loss {float(measures['support_loss'][row, 0]):.3f}"
+        text = f"loss {float(measures['support_loss'][row, 0]):#.3g}"
         if "query_loss" in measures:
-            text += f" → {float(measures['query_loss'][row]):.3f}"
+            text += f" → {float(measures['query_loss'][row]):#.3g}"
         if "query_accuracy" in measures:
-            text += f", accuracy {float(measures['query_accuracy'][row]):.3f}"
+            text += f", accuracy {float(measures['query_accuracy'][row]):.0%}"
         return text
 
     def rate(self) -> float:

@@ -21,9 +21,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
+from maml import command
 
-import tensorflow as tf
+os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
+with command.silent_start():
+    import tensorflow as tf
+
+    tf.get_logger().setLevel("ERROR")  # every case is a network of its own, of which TensorFlow would warn
 
 from maml.build import build_learner, build_network
 from maml.episodes import Episode

@@ -60,10 +60,14 @@ def trained(tmp_path_factory):
 
 
 def test_default_run_is_quiet_and_ends_with_a_table(trained):
-    _, done = trained
+    done = trained[1]
     assert done.stderr == ""
     lines = done.stdout.splitlines()
-    assert "not given, so from the paper: norm=None" in done.stdout
+    assert [line[:13].strip() for line in lines[1:6]] == [
+        "inner loop", "outer loop", "the paper's", "run folder", "network",
+    ]  # fmt: skip
+    assert "norm=None, num_updates=1" in lines[3] and lines[5].endswith("1,761 weights")
+    assert lines[-1] == f"curves and pictures: tensorboard --logdir={trained[0] / SINUSOID}"
     start = next(i for i, line in enumerate(lines) if "mean squared error ± 95 % CI" in line)
     assert [line.split()[:2] for line in lines[start + 1 : start + 13]] == [
         ["0", "support"],
@@ -74,7 +78,7 @@ def test_default_run_is_quiet_and_ends_with_a_table(trained):
 def test_run_folder_holds_everything(trained):
     run = trained[0] / SINUSOID
     folders = {"checkpoints", "train", "validation"}
-    files = {"flags", "data", "lock", "results.json", "validation.csv", "fits.png"}
+    files = {"flags", "data", "lock", "results.json", "results.lock", "validation.csv", "fits.png"}
     files.add("test_ubs5_stepsize0.001.csv")
     assert {path.name for path in run.iterdir()} == folders | files
     assert (run / "fits.png").read_bytes().startswith(b"\x89PNG")
@@ -210,6 +214,7 @@ def test_real_omniglot_trains_resumes_and_tests(data_dir, tmp_path):
     done = maml(tmp_path / "halves", *flags, "--metatrain_iterations=4")
     assert "resumed from iteration 2 of 4" in done.stdout
     assert "accuracy, % ± 95 % CI" in done.stdout
+    assert "batchnorm/flags --train=False --test_set\n" in done.stdout
     name = "cls_5.mbs_3.ubs_1.numstep1.updatelr0.4batchnorm"
     assert_same_state(checkpoint(tmp_path / "straight" / name, 4), checkpoint(tmp_path / "halves" / name, 4))
     assert "transductive" in done.stdout

@@ -203,8 +203,8 @@ def test_two_processes_train_like_one_and_leave_one_run_folder(tmp_path):
     said, _ = ended(chief)
     assert "2 processes" in said and "query" in said
     assert ended(other)[0] == ""
-    files = {"checkpoints", "train", "validation", "flags", "data", "lock", "results.json", "fits.png"}
-    files |= {"validation.csv", "test_ubs5_stepsize0.001.csv"}
+    files = {"checkpoints", "train", "validation", "flags", "data", "lock", "results.json", "results.lock"}
+    files |= {"fits.png", "validation.csv", "test_ubs5_stepsize0.001.csv"}
     assert {path.name for path in (tmp_path / "two" / name).iterdir()} == files
     ended(train("one", 20))
     for one, two in zip(weights("one", 20), weights("two", 20), strict=True):

@@ -118,6 +118,14 @@ def test_what_is_there_is_not_run_again_and_a_larger_scale_goes_on(reproduced):
     assert rows((logdir / "results" / "RESULTS.md").read_text())[2][6] == "280 of 70,000"
 
 
+def test_a_smaller_scale_shows_the_longer_run_where_it_has_no_checkpoint(reproduced):
+    """Of 105 iterations there is none; the run may be of 140 or of 280."""
+    logdir, _ = reproduced
+    done = run(logdir, "sinusoid_5shot", "--scale=0.0015", f"--data_dir={logdir}", "--num_test_tasks=10")
+    assert re.search(r"there are (140|280) iterations already, which the page shows", done.stdout)
+    assert rows((logdir / "results" / "RESULTS.md").read_text())[2][6] in ("140 of 70,000", "280 of 70,000")
+
+
 def test_bad_requests_are_refused(tmp_path):
     assert "the cells are sinusoid_5shot," in run(tmp_path, "sinusoid", expect=2).stderr
     assert "needed more than 0" in run(tmp_path, "sinusoid_5shot", "--scale=0", expect=2).stderr

@@ -1,0 +1,192 @@
+"""What the program shows: help by topic, commands by name, and output whose reader may go.
+
+Only the training that loses its reader starts TensorFlow.
+"""
+
+import collections
+import importlib.util
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from maml import flag_parsing, flag_table, help_text, launch
+from maml.cli import COMMANDS
+from maml.results import saved_iterations
+from maml.settings import FLAGS, UserError, parse
+from tests.test_cli import ROOT, SINUSOID, python
+
+OURS = {flag.name for flag in FLAGS.flags_by_module_dict()["maml.settings"]}
+FLAG = re.compile(r"^  --(?:\[no\])?(\w+)", re.MULTILINE)
+
+
+def help_at(columns: int, monkeypatch, **more) -> str:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    return help_text.page("usage", FLAGS, **more)
+
+
+# --- Help ---------------------------------------------------------------------------------------------
+
+
+def test_every_flag_stands_under_exactly_one_heading(monkeypatch):
+    under = collections.Counter(name for topic in flag_table.TOPICS for name in flag_table.names(topic))
+    assert under == dict.fromkeys(OURS, 1)
+    text = help_at(100, monkeypatch)
+    assert collections.Counter(FLAG.findall(text)) == under
+    headings = [line for line in text.splitlines() if line and not line.startswith(" ")]
+    assert headings == ["usage", *flag_table.TOPICS, "More: --helpfull"]
+
+
+@pytest.mark.parametrize("columns", [60, 80, 100])
+def test_the_help_fits_the_terminal(columns, monkeypatch):
+    assert max(map(len, help_at(columns, monkeypatch, commands=COMMANDS).splitlines())) <= columns
+
+
+def test_a_flag_takes_two_lines_at_most_and_says_its_type_and_default(monkeypatch):
+    text = help_at(100, monkeypatch)
+    assert max(map(len, (entry.splitlines() for entry in re.split(r"\n(?=  --|\n)", text)[1:]))) <= 3
+    lines = [" ".join(entry.split()) for entry in re.split(r"\n(?=  --|\n)", text)]
+    for line in (
+        "--num_classes=INT N, the ways of a classification task [5]",
+        "--update_lr=NUMBER α, the inner step size [paper's, sinusoid 0.001]",
+        "--[no]stop_grad first-order MAML: no second derivatives (section 5.2) [false]",
+        "--logdir=PATH folder that holds the run folders [/tmp/data]",
+        "--checkpoint=newest|best which checkpoint to test; best: at meta-validation [newest]",
+        "--num_query=INT Q, query examples per class in training [K]",
+    ):
+        assert line in lines
+
+
+def test_help_is_shown_at_once_and_is_no_failure():
+    short, same = (python("main.py", flag).stdout for flag in ("--helpshort", "--help"))
+    assert short == same and short.startswith("usage: python main.py")
+    assert all(re.search(rf"^  {name} +\w", short, re.MULTILINE) for name in COMMANDS)
+    full = python("-m", "maml", "--helpfull").stdout
+    assert "<class> may be several" in " ".join(full.split()) and "several folders" not in short
+
+
+# --- Commands -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_is_a_module(name):
+    assert importlib.util.find_spec(f"maml.{name}")
+
+
+def test_a_command_is_its_module():
+    by_name = python("main.py", "reproduce", "--helpshort").stdout
+    assert by_name == python("-m", "maml.reproduce", "--helpshort").stdout
+    assert by_name.startswith("The paper's experiments: `python main.py reproduce [CELL …]`")
+    assert FLAG.findall(by_name)[:4] == ["scale", "seeds", "results_dir", "datasource"]
+    refused = python("-m", "maml", "prepare", "cifar", expect=2)
+    assert refused.stderr == python("-m", "maml.prepare", "cifar", expect=2).stderr
+    assert "found cifar, needed one of miniimagenet" in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("adpat", "--support=photos"), "found adpat, needed flags .* or a command .* Did you mean adapt?"),
+        (("swep",), "Did you mean sweep?"),
+        (("--seed=3", "sweep"), "found sweep behind flags, needed the command first"),
+    ],
+)
+def test_a_mistyped_command_is_told_the_right_one(arguments, message):
+    done = python("main.py", *arguments, expect=2)
+    assert re.search(message, done.stderr) and len(done.stderr.splitlines()) == 1 and not done.stdout
+
+
+# --- What is typed where ------------------------------------------------------------------------------
+
+
+def test_flagfiles_that_come_along_can_be_named_in_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert parse(["--flagfile=flags/sinusoid_20shot.flags"]).update_batch_size == 20
+    with pytest.raises(UserError, match=r"flags/nothing\.flags: found no such file"):
+        parse(["--flagfile=flags/nothing.flags"])
+    (tmp_path / "flags").mkdir()
+    (tmp_path / "flags" / "sinusoid_20shot.flags").write_text("--update_batch_size=3")
+    assert parse(["--flagfile=flags/sinusoid_20shot.flags"]).update_batch_size == 3
+
+
+def test_commands_that_are_shown_can_be_typed_anywhere(tmp_path, monkeypatch):
+    job = launch.job([f"--flagfile={flag_parsing.flagfiles()}/sinusoid_5shot.flags", "--seed=1"])
+    assert job.command == "python main.py --flagfile=flags/sinusoid_5shot.flags --seed=1"
+    shutil.copytree(ROOT / "flags", tmp_path / "maml" / "flagfiles")  # as it is installed
+    for module in (help_text, flag_parsing):
+        monkeypatch.setattr(module, "__file__", str(tmp_path / "maml" / "module.py"))
+    installed = launch.job([f"--flagfile={tmp_path}/maml/flagfiles/sinusoid_5shot.flags", "--seed=1"])
+    assert installed.command == "maml --flagfile=flags/sinusoid_5shot.flags --seed=1"
+
+
+# --- Whose reader goes --------------------------------------------------------------------------------
+
+
+def test_help_without_a_reader_ends_quietly():
+    command = f"{sys.executable} main.py --helpshort | head -0; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_help_on_a_full_disk_says_so():
+    command = f"{sys.executable} main.py --helpshort >/dev/full"
+    done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert done.stderr == "error: cannot write the output (No space left on device).\n"
+
+
+STOPPED = """
+import signal, sys, time
+from maml import command
+
+def work(_):
+    with command.put_off_interruption() as stop:
+        if "--nolog" in sys.argv:
+            signal.raise_signal(signal.SIGINT)
+            time.sleep(1)
+        while stop.signal is None:
+            print("iteration", flush=True)
+        print("still goes on", file=sys.stderr, flush=True)
+        print("and is saved", flush=True)
+    stop.answer("saved")
+
+command.run(work)
+"""
+
+
+@pytest.mark.parametrize(
+    ("pipe", "said"), [("|", "nobody reads the output any more: saved\n"), ("2>&1 |", "")]
+)
+def test_work_without_a_reader_is_ended_in_order(pipe, said, tmp_path):
+    (tmp_path / "work.py").write_text(STOPPED)
+    command = f"PYTHONPATH={ROOT} {sys.executable} {tmp_path}/work.py {pipe} head -1; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (141, "iteration\n")
+    assert done.stderr == ("still goes on\n" + said if said else "")
+
+
+def test_an_interruption_that_ends_the_reader_too_is_one_request(tmp_path):
+    """As Ctrl-C is where the output goes through `tee`: it is not taken for a second one, to stop at once."""
+    (tmp_path / "work.py").write_text(STOPPED)
+    command = f"PYTHONPATH={ROOT} {sys.executable} {tmp_path}/work.py --nolog | true; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 130
+    assert done.stderr.split("\n")[-4:] == ["still goes on", "", "saved", ""]
+
+
+def test_a_training_without_a_reader_saves_and_ends(tmp_path):
+    flags = ("--metatrain_iterations=1000000", "--save_interval=50", "--num_test_tasks=2")
+    with subprocess.Popen(
+        [sys.executable, "main.py", f"--logdir={tmp_path}", *flags], cwd=ROOT, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    ) as process:  # fmt: skip
+        head = [process.stdout.readline() for _ in range(6)]
+        process.stdout.close()
+        said = process.stderr.read()
+        assert process.wait(120) == 141, said
+    assert head[0].startswith("maml: sinusoid 5-shot on ") and "1,761 weights" in head[5]
+    last = saved_iterations(tmp_path / SINUSOID)[-1]
+    assert f"stopped at iteration {last} of 1000000, which is saved" in said
+    assert len(said.splitlines()) == 1
