@@ -21,6 +21,7 @@ from maml.errors import UserError as UserError
 FLAGS = flags.FLAGS
 
 DATASOURCES = ("sinusoid", "omniglot", "miniimagenet", "folder")
+SPLITS = ("train", "val", "test")
 NORMS = ("batch_norm", "layer_norm", "None")
 CHECKPOINTS = ("newest", "best")
 ON_NAN = ("stop", "skip")
