@@ -1,4 +1,4 @@
-"""Tells your own photographs apart: `python main.py adapt --support=DIR --query=DIR --run=RUN`.
+"""Tells your own photographs apart: `python -m maml.adapt --support=DIR --query=DIR --run=RUN`.
 
 `--support` holds a few photographs of each class, in a folder of the class's name; `--query` those to be told
 apart. A trained network is adapted to the first and predicts the second: it is one of our runs (`--run`) or
@@ -8,7 +8,6 @@ that of a checkpoint, such as the one the paper's authors published (`--init_fro
 import dataclasses
 import functools
 import pathlib
-import sys
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -265,7 +264,6 @@ def run() -> None:
     """Entry point: adapts and predicts as the flags say, and exits."""
     for name, meaning in OWN_FLAGS.items():
         flags.DEFINE_string(name, None, meaning)
-        FLAGS.register_key_flag_for_module(sys.argv[0], FLAGS[name])
     flag_parsing.explain(FLAGS[name] for name in OWN_FLAGS)
     command.run(_work)
 

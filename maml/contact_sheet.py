@@ -1,6 +1,7 @@
 """A contact sheet as a PNG file: the photographs learned from, and what the others were taken for."""
 
 import pathlib
+import textwrap
 import warnings
 
 import matplotlib
@@ -15,8 +16,8 @@ RIGHT, WRONG = "#3a9a55", "#c8343c"
 COLUMNS = 12  # query images in a row
 MOST = 60  # query images drawn; all are in the table
 MOST_OF_CLASS = 10  # support images drawn of each class
-# In widths of an image: from one to the next, the room for a class's name, and for what is below one.
-PITCH, NAME, CAPTION = 1.06, 2.1, 0.44
+PITCH, NAME = 1.06, 2.1  # in widths of an image: from one to the next, and the room for a class's name
+LONGEST = 14  # characters of a caption
 
 
 def draw(
@@ -41,7 +42,8 @@ def draw(
 
     shown = min(len(query.names), MOST)
     top = len(classes) * PITCH + 0.7  # of the query images
-    height = top + -(-shown // COLUMNS) * (PITCH + CAPTION)
+    row = PITCH + (0.26 if query.labels is None else 0.44)  # with one line or two of caption
+    height = top + -(-shown // COLUMNS) * row
     width = COLUMNS * PITCH
     figure = plt.figure(figsize=(width * 0.85, (height + 0.6) * 0.85))
     axis = figure.add_axes((0.01, 0.01, 0.98, 0.98))
@@ -51,13 +53,14 @@ def draw(
     for label, name in enumerate(classes):
         of_class = support.pixels[support.labels == label]
         y = label * PITCH
-        more = f"\n{len(of_class)} images" if len(of_class) > MOST_OF_CLASS else ""
-        _text(axis, NAME - 0.12, y + 0.5, _wrapped(name) + more, size=9, ha="right", va="center")
+        title = textwrap.fill(name, 18, max_lines=3, placeholder="…")
+        title += f"\n({MOST_OF_CLASS} of {len(of_class)})" if len(of_class) > MOST_OF_CLASS else ""
+        _text(axis, NAME - 0.12, y + 0.5, title, size=9, ha="right", va="center")
         for i, image in enumerate(of_class[:MOST_OF_CLASS]):
             _image(axis, image, NAME + i * PITCH, y)
     _text(axis, 0, top - 0.25, _heading(query, probabilities, shown), size=10, weight="bold")
     for i in range(shown):
-        x, y = i % COLUMNS * PITCH, top + i // COLUMNS * (PITCH + CAPTION)
+        x, y = i % COLUMNS * PITCH, top + i // COLUMNS * row
         _prediction(axis, classes, query, probabilities[i], i, x, y)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph")  # a name in a script that the font has not
@@ -81,10 +84,10 @@ def _prediction(
     colour = "black" if truth is None else RIGHT if truth == guess else WRONG
     _image(axis, query.pixels[i], x, y, None if truth is None else colour)
     # The confidence first: a long name may be cut.
-    _text(axis, x + 0.5, y + 1.05, f"{odds[guess]:.0%} {_cut(classes[guess], 10)}", size=7.5, ha="center",
+    _text(axis, x + 0.5, y + 1.05, _cut(f"{odds[guess]:.0%} {classes[guess]}"), size=7.5, ha="center",
           va="top", color=colour)  # fmt: skip
     if truth not in (None, guess):
-        _text(axis, x + 0.5, y + 1.25, f"is {_cut(classes[truth], 11)}", size=7, ha="center", va="top")
+        _text(axis, x + 0.5, y + 1.25, _cut(f"is {classes[truth]}"), size=7, ha="center", va="top")
 
 
 def _image(axis: Axes, pixels: np.ndarray, x: float, y: float, frame: str | None = None) -> None:
@@ -103,11 +106,5 @@ def _text(axis: Axes, x: float, y: float, text: str, **style) -> None:
     axis.text(x, y, text, parse_math=False, **style)  # a $ in a name is a $
 
 
-def _wrapped(name: str) -> str:
-    """A class's name in at most three lines."""
-    parts = [name[i : i + 18] for i in range(0, len(name), 18)]
-    return "\n".join(parts[:3]) + ("…" if len(parts) > 3 else "")
-
-
-def _cut(name: str, longest: int) -> str:
-    return name if len(name) <= longest else f"{name[: longest - 1]}…"
+def _cut(text: str) -> str:
+    return text if len(text) <= LONGEST else f"{text[: LONGEST - 1]}…"

@@ -21,7 +21,6 @@ from maml.errors import UserError as UserError
 FLAGS = flags.FLAGS
 
 DATASOURCES = ("sinusoid", "omniglot", "miniimagenet", "folder")
-SPLITS = ("train", "val", "test")
 NORMS = ("batch_norm", "layer_norm", "None")
 CHECKPOINTS = ("newest", "best")
 ON_NAN = ("stop", "skip")
@@ -250,6 +249,9 @@ class Settings:
     def run_dir(self) -> pathlib.Path:
         """Folder of this run."""
         return pathlib.Path(self.logdir) / self.run_name
+
+
+SPLITS = ("train", "val", "test")  # of the classes, for what the paper calls meta-training, …
 
 
 def default_img_size(datasource: str) -> int | None:

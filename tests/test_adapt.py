@@ -306,12 +306,10 @@ def test_all_that_is_written_can_be_read_again(tmp_path):
     assert has_colour(pictures["predictions"], contact_sheet.RIGHT)
     assert has_colour(pictures["predictions"], contact_sheet.WRONG)
 
-    # 75 are too many for the sheet, which is of the first 60; without the truth there are no frames.
-    sixty_of = query._replace(names=query.names[:60], labels=None)
-    contact_sheet.draw(tmp_path / "60.png", classes, support, sixty_of, made.probabilities[-1])
-    sixty = np.asarray(Image.open(tmp_path / "60.png").convert("RGB"))
-    assert sixty.shape == pictures["predictions"].shape
-    assert not has_colour(sixty, contact_sheet.RIGHT) and not has_colour(sixty, contact_sheet.WRONG)
+    # 75 are too many for the sheet, which is of the first 60.
+    sixty = query._replace(names=query.names[:60])
+    contact_sheet.draw(tmp_path / "60.png", classes, support, sixty, made.probabilities[-1])
+    assert Image.open(tmp_path / "60.png").size == pictures["predictions"].shape[1::-1]
     assert contact_sheet._heading(query, made.probabilities[-1], 60).endswith("right (the first 60 of 75)")
 
 
@@ -378,6 +376,8 @@ def test_the_command_from_photographs_to_pictures(photographs, tmp_path):
     table = [line.split() for line in done.stdout.split("\n\n")[1].splitlines()]
     assert [row[0] for row in table] == ["photograph", "1.png", "2.png"]
     assert all(row[1] in classes for row in table[1:])
+    sheet = np.asarray(Image.open(tmp_path / "out" / "predictions.png").convert("RGB"))
+    assert not has_colour(sheet, contact_sheet.RIGHT) and not has_colour(sheet, contact_sheet.WRONG)
     assert done.stdout.endswith(f"wrote predictions.csv, predictions.png, steps.png in {tmp_path / 'out'}\n")
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
         "predictions.csv", "predictions.png", "steps.png",
