@@ -85,6 +85,9 @@ class Reader(NamedTuple):
             UserError: if there are none, or folders of other names than the classes'.
         """
         tree = _opened("query", path, "the photographs to be told apart")
+        tops = tree.top_folders()
+        if path.suffix.lower() in ARCHIVES and len(tops) == 1 and tops[0] not in classes:
+            tree = tree.below(tops[0])  # that which was packed
         labelled = any("/" in file for file in tree.files)
         if labelled:
             tree, files = _of_classes(tree, path, classes)

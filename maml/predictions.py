@@ -18,7 +18,7 @@ class Predictions(NamedTuple):
     """What adaptation does; the leading axis counts its steps from 0.
 
     Fields:
-        support_loss: [steps + 1], N times the mean cross entropy over the support set.
+        support_loss: [steps + 1], cross entropy: the mean over the images of each class, summed over these.
         probabilities: float64 [steps + 1, n, N] of the classes, of every query image.
     """
 
