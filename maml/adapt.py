@@ -197,6 +197,13 @@ def remarks(
             f"{way} classes for {settings.num_classes} outputs: the first {way} are used, the others are "
             f"left out of loss and softmax"
         )
+    counts = np.bincount(support.labels)
+    few, many = counts.min(), counts.max()
+    if many >= 2 * few:
+        said.append(
+            f"warning: from {few} to {many} support photographs per class: those of few will seldom be "
+            f"predicted. Equal numbers are fairer"
+        )
     if transductive:
         said.append(
             "batch norm over the query set: a prediction depends on the other photographs there, and is poor "

@@ -177,6 +177,7 @@ def test_a_run_of_omniglot_takes_colour_photographs(tmp_path):
     remarks = adapt.remarks(settings, 2, support, support, transductive=False)
     assert any("read as Omniglot's drawings: 28×28 pixels" in line for line in remarks)
     assert any("2 classes for 3 outputs" in line for line in remarks)
+    assert any("warning: from 1 to 2 support photographs per class" in line for line in remarks)
     assert remarks[-1] == "warning: query photographs that are in the support set: a/1.png, a/2.png, b/1.png"
 
 
@@ -380,7 +381,8 @@ def test_the_command_from_photographs_to_pictures(photographs, tmp_path):
     assert head.startswith("maml adapt: 2 classes, 3 support and 2 query photographs, on ")
     assert remarks[0] == "network: untrained weights; α 0.5, 3 steps"
     assert "2 classes for 5 outputs" in remarks[1] and "by the support set's statistics" in remarks[2]
-    assert len(remarks) == 3  # none is smaller than the 20 pixels
+    assert remarks[3].startswith("warning: from 1 to 2 support photographs per class")
+    assert len(remarks) == 4  # none is smaller than the 20 pixels
     table = [line.split() for line in done.stdout.split("\n\n")[1].splitlines()]
     assert [row[0] for row in table] == ["photograph", "1.png", "2.png"]
     assert all(row[1] in classes for row in table[1:])
