@@ -17,7 +17,7 @@ COLUMNS = 12  # query images in a row
 MOST = 60  # query images drawn; all are in the table
 MOST_OF_CLASS = 10  # support images drawn of each class
 PITCH, NAME = 1.06, 2.1  # in widths of an image: from one to the next, and the room for a class's name
-LONGEST = 14  # characters of a caption
+LONGEST = 15  # characters of a caption
 
 
 def draw(
@@ -84,7 +84,7 @@ def _prediction(
     colour = "black" if truth is None else RIGHT if truth == guess else WRONG
     _image(axis, query.pixels[i], x, y, None if truth is None else colour)
     # The confidence first: a long name may be cut.
-    _text(axis, x + 0.5, y + 1.05, _cut(f"{odds[guess]:.0%} {classes[guess]}"), size=7.5, ha="center",
+    _text(axis, x + 0.5, y + 1.05, _cut(f"{odds[guess]:.0%} {classes[guess]}"), size=7, ha="center",
           va="top", color=colour)  # fmt: skip
     if truth not in (None, guess):
         _text(axis, x + 0.5, y + 1.25, _cut(f"is {classes[truth]}"), size=7, ha="center", va="top")
@@ -107,4 +107,5 @@ def _text(axis: Axes, x: float, y: float, text: str, **style) -> None:
 
 
 def _cut(text: str) -> str:
-    return text if len(text) <= LONGEST else f"{text[: LONGEST - 1]}…"
+    # Names of a kind often differ in their last letters, as in image06.
+    return text if len(text) <= LONGEST else f"{text[: LONGEST - 4]}…{text[-3:]}"

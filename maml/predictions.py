@@ -104,8 +104,20 @@ def draw_steps(path: pathlib.Path, made: Predictions, labels: np.ndarray | None)
     )
 
 
-def refuse_overwriting(folder: pathlib.Path) -> None:
-    """Raises UserError if the folder holds files of the names that `write` gives, but not from it."""
+def out_folder(out: str | None, support: pathlib.Path, query: pathlib.Path) -> pathlib.Path:
+    """Where the results go; raises UserError if that would overwrite, or be read as, something else."""
+    folder = pathlib.Path(out or f"adapted-{query.resolve().stem}")
+    if not folder.resolve().parent.is_dir() or (folder.exists() and not folder.is_dir()):
+        raise UserError(
+            f"--out={folder}: found {'a file' if folder.exists() else 'no folder above it'}, needed a folder "
+            f"or the name of a new one. Give another."
+        )
+    for name, images in {"support": support, "query": query}.items():
+        if folder.resolve().is_relative_to(images.resolve()):
+            raise UserError(
+                f"--out={folder}: found a folder in that of --{name}, whose pictures would be read as "
+                f"photographs; needed another. Give one."
+            )
     there = [name for name in (CSV, SHEET, STEPS) if (folder / name).exists()]
     table = folder / CSV
     ours = table.is_file() and table.read_bytes().startswith(FIRST_COLUMNS.encode())
@@ -114,6 +126,7 @@ def refuse_overwriting(folder: pathlib.Path) -> None:
             f"--out={folder}: found {', '.join(there)}, not of this command, which would be overwritten; "
             f"needed a folder without. Give another."
         )
+    return folder
 
 
 def write(

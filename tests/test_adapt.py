@@ -291,6 +291,11 @@ def some_predictions(n: int, way: int) -> Predictions:
     return Predictions(np.array([3.0, 2.0, 1.0]), odds / odds.sum(-1, keepdims=True))
 
 
+def seen(picture: pathlib.Path) -> np.ndarray:
+    with Image.open(picture) as image:
+        return np.asarray(image.convert("RGB"))
+
+
 def has_colour(picture: np.ndarray, colour: str) -> bool:
     wanted = [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
     return bool((np.abs(picture.astype(int) - wanted).max(-1) < 3).sum() > 50)
@@ -309,7 +314,7 @@ def test_all_that_is_written_can_be_read_again(tmp_path):
         assert found == odds.tolist() and sum(found) == pytest.approx(1, abs=1e-12)
         assert row["prediction"] == classes[np.argmax(found)] and float(row["confidence"]) == max(found)
         assert row["truth"] == classes[label]
-    pictures = {name: np.asarray(Image.open(tmp_path / "out" / f"{name}.png").convert("RGB"))
+    pictures = {name: seen(tmp_path / "out" / f"{name}.png")
                 for name in ("predictions", "steps")}  # fmt: skip
     assert all(picture.std() > 10 and picture.shape[1] > 700 for picture in pictures.values())
     assert has_colour(pictures["predictions"], contact_sheet.RIGHT)
@@ -318,7 +323,7 @@ def test_all_that_is_written_can_be_read_again(tmp_path):
     # 75 are too many for the sheet, which is of the first 60.
     sixty = query._replace(names=query.names[:60])
     contact_sheet.draw(tmp_path / "60.png", classes, support, sixty, made.probabilities[-1])
-    assert Image.open(tmp_path / "60.png").size == pictures["predictions"].shape[1::-1]
+    assert seen(tmp_path / "60.png").shape == pictures["predictions"].shape
     assert contact_sheet._heading(query, made.probabilities[-1], 60).endswith("right (the first 60 of 75)")
 
 
@@ -343,17 +348,17 @@ def test_tables_on_the_terminal():
 def test_nothing_of_another_is_overwritten(tmp_path):
     mine, theirs = written(tmp_path / "mine", {}), written(tmp_path / "theirs", {"steps.png": 1})
     support, query = tmp_path / "support", tmp_path / "query"
-    assert adapt.out_folder(str(mine), support, query) == mine
+    assert predictions.out_folder(str(mine), support, query) == mine
     (mine / "predictions.csv").write_text("image,prediction,confidence,truth\n")
     (mine / "steps.png").write_bytes(b"")
-    assert adapt.out_folder(str(mine), support, query) == mine  # of the same command, before
+    assert predictions.out_folder(str(mine), support, query) == mine  # of the same command, before
     with pytest.raises(UserError, match=r"found steps\.png, not of this command, which would be overwritten"):
-        adapt.out_folder(str(theirs), support, query)
+        predictions.out_folder(str(theirs), support, query)
     with pytest.raises(UserError, match="in that of --query, whose pictures would be read as photographs"):
-        adapt.out_folder(str(query / "new"), support, written(query, {}))
+        predictions.out_folder(str(query / "new"), support, written(query, {}))
     for name in ("theirs/steps.png", "nowhere/new"):
         with pytest.raises(UserError, match="needed a folder or the name of a new one"):
-            adapt.out_folder(str(tmp_path / name), support, query)
+            predictions.out_folder(str(tmp_path / name), support, query)
 
 
 # --- The command --------------------------------------------------------------------------------------
@@ -386,7 +391,7 @@ def test_the_command_from_photographs_to_pictures(photographs, tmp_path):
     table = [line.split() for line in done.stdout.split("\n\n")[1].splitlines()]
     assert [row[0] for row in table] == ["photograph", "1.png", "2.png"]
     assert all(row[1] in classes for row in table[1:])
-    sheet = np.asarray(Image.open(tmp_path / "out" / "predictions.png").convert("RGB"))
+    sheet = seen(tmp_path / "out" / "predictions.png")
     assert not has_colour(sheet, contact_sheet.RIGHT) and not has_colour(sheet, contact_sheet.WRONG)
     assert done.stdout.endswith(f"wrote predictions.csv, predictions.png, steps.png in {tmp_path / 'out'}\n")
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
