@@ -23,13 +23,6 @@ if TYPE_CHECKING:
 
     from maml.learner import LossFunction
 
-OWN_FLAGS = {
-    "support": "folder (.tar, .zip) of a folder of a few photographs for each class",
-    "query": "folder (.tar, .zip) of the photographs to be told apart, or of a folder for each of the "
-    "classes, if these are known: then the accuracy is shown",
-    "run": "run folder of the trained network, instead of --init_from",
-    "out": "folder for predictions.csv, predictions.png and steps.png [chosen: adapted-QUERY]",
-}
 # A checkpoint does not say how it was trained; that which the paper's authors published was so.
 PUBLISHED = ("--datasource=miniimagenet", "--num_classes=5", "--update_batch_size=1")
 # Of this command alone, even where the run was trained with others.
@@ -230,7 +223,7 @@ def remarks(
 def _work(_: list[str]) -> None:
     for name in ("support", "query"):
         if FLAGS[name].value is None:
-            raise UserError(f"found no --{name}, needed a {OWN_FLAGS[name]}. Give it.")
+            raise UserError(f"found no --{name}, needed a {FLAGS[name].help}. Give it.")
     from_run = FLAGS.run is not None
     settings = network_settings(FLAGS.run, FLAGS.init_from, launch.given_flags(but=NOT_THE_RUNS))
     if FLAGS["update_lr"].present:
@@ -274,9 +267,20 @@ def _decoder(settings: Settings):
 
 def run() -> None:
     """Entry point: adapts and predicts as the flags say, and exits."""
-    for name, meaning in OWN_FLAGS.items():
-        flags.DEFINE_string(name, None, meaning)
-    flag_parsing.explain(FLAGS[name] for name in OWN_FLAGS)
+    flags.DEFINE_string(
+        "support", None, "folder (.tar, .zip) of a folder of a few photographs for each class"
+    )
+    flags.DEFINE_string(
+        "query",
+        None,
+        "folder (.tar, .zip) of the photographs to be told apart, or of a folder for each of the classes, if "
+        "these are known: then the accuracy is shown",
+    )
+    flags.DEFINE_string("run", None, "run folder of the trained network, instead of --init_from")
+    flags.DEFINE_string(
+        "out", None, "folder for predictions.csv, predictions.png and steps.png [chosen: adapted-QUERY]"
+    )
+    flag_parsing.explain(FLAGS[name] for name in ("support", "query", "run", "out"))
     command.run(_work)
 
 
