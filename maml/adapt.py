@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from absl import flags
 
-from maml import command, flag_parsing, launch, predictions, protocol, results
+from maml import command, flag_parsing, launch, predictions, protocol, results, sources
 from maml.own_photographs import Photographs, Reader
 from maml.predictions import Predictions
 from maml.settings import FLAGS, RANDOM, Failure, Settings, UserError, parse
@@ -259,8 +259,6 @@ def _work(_: list[str]) -> None:
 
 
 def _decoder(settings: Settings):
-    from maml import sources
-
     decode = sources.decode_drawing if settings.datasource == "omniglot" else sources.decode_photograph
     return functools.partial(decode, side=settings.img_size)
 
