@@ -12,7 +12,7 @@ from typing import NamedTuple, Protocol
 
 import tensorflow as tf
 
-SPLITS = ("train", "val", "test")
+from maml import SPLITS as SPLITS
 
 
 class Episode(NamedTuple):

@@ -184,10 +184,7 @@ def _digest(index: dict) -> str:
 
 def _report(name: str, index: dict, skip_bad_images: bool) -> None:
     """Says what is wrong with the images; bad ones are an error unless they were to be skipped."""
-    if index["skipped"] and not skip_bad_images:
-        raise _bad_images(name, index["skipped"])
-    if index["skipped"]:
-        _say(f"{name}: left out {len(index['skipped'])} bad images: {_some(index['skipped'])}")
+    report_bad_images(name, index["skipped"], skip_bad_images)
     if index["doubled"]:
         _say(
             f"warning: {name}: images that are in two splits, byte for byte: {len(index['doubled'])}: "
@@ -195,11 +192,15 @@ def _report(name: str, index: dict, skip_bad_images: bool) -> None:
         )
 
 
-def _bad_images(name: str, bad: list[str]) -> UserError:
-    return UserError(
-        f"{name}: {len(bad)} {'image' if len(bad) == 1 else 'images'} cannot be read: {_some(bad)}. "
-        f"Needed all: replace them, or leave them out with --skip_bad_images."
-    )
+def report_bad_images(name: str, bad: list[str], skip_bad_images: bool) -> None:
+    """Says which images were left out, if there are any; a UserError unless they were to be."""
+    if bad and not skip_bad_images:
+        raise UserError(
+            f"{name}: {len(bad)} {'image' if len(bad) == 1 else 'images'} cannot be read: {_some(bad)}. "
+            f"Needed all: replace them, or leave them out with --skip_bad_images."
+        )
+    if bad:
+        _say(f"{name}: left out {len(bad)} bad images: {_some(bad)}")
 
 
 def _some(items: list[str]) -> str:
@@ -281,7 +282,7 @@ def _build(
     ):
 
         def decoded(files: Sequence[ImageFile]) -> Iterator[tuple[np.ndarray | None, bytes, str]]:
-            for result in pool.map(lambda file: _read_and_decode(file, decode, shape), files):
+            for result in pool.map(lambda file: read_and_decode(file, decode, shape), files):
                 bar.update()
                 yield result
 
@@ -304,8 +305,8 @@ def _build(
                 out.flush()
                 os.fsync(out.fileno())
             index["splits"][split] = {"classes": sorted(classes), "counts": counts, "crc32": crc32}
-    if bad and not skip_bad_images:
-        raise _bad_images(source.name, bad)
+    if not skip_bad_images:
+        report_bad_images(source.name, bad, False)
     with (folder / "index.json").open("w", encoding="utf-8") as out:
         json.dump({"index": index, "sha256": _digest(index)}, out)
         out.flush()
@@ -333,7 +334,7 @@ def _decode_class(
     return images
 
 
-def _read_and_decode(
+def read_and_decode(
     file: ImageFile, decode: Decode, shape: tuple[int, int, int]
 ) -> tuple[np.ndarray | None, bytes, str]:
     """The image, a digest of what was read, and what is wrong with it ("" if nothing is)."""

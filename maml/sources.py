@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 import numpy as np
 from PIL import Image, ImageOps
 
-from maml.episodes import SPLITS
+from maml import SPLITS
 from maml.errors import UserError
 from maml.file_tree import ARCHIVES, FileTree, fingerprint, open_tree
 from maml.image_cache import ImageFile, ImageSource
@@ -318,8 +318,7 @@ def decode_photograph(raw: bytes | np.ndarray, *, side: int) -> np.ndarray:
 
 
 def _photo_splits(tree: FileTree) -> dict[str, Classes]:
-    while len(tops := tree.top_folders()) == 1 and tops[0] not in SPLITS and tree.below(tops[0]).folders:
-        tree = tree.below(tops[0])
+    tree = without_wrapper(tree)
     tops = set(tree.top_folders())
     if not tops:
         raise UserError(
@@ -327,7 +326,7 @@ def _photo_splits(tree: FileTree) -> dict[str, Classes]:
             f"folder of images per class. Point --data_dir at the folder that holds them."
         )
     if tops.issuperset(SPLITS):
-        return {split: _photo_classes(tree.below(split)) for split in SPLITS}
+        return {split: photo_classes(tree.below(split)) for split in SPLITS}
     # A folder "test" of images may be a class, but one of folders is meant as a split. Taken for a part of
     # the names, it would make one class of train/cat and another of validation/cat.
     meant = {top for top in tops if top.lower() in SPLIT_LIKE and tree.below(top).folders}
@@ -337,11 +336,22 @@ def _photo_splits(tree: FileTree) -> dict[str, Classes]:
             f"{tree.name}: found {', '.join(sorted(found))} without {missing}. Needed train, val and test, "
             f"or class folders alone, which are then split by --seed. Rename them, or add what is missing."
         )
-    return {"all": _photo_classes(tree)}
+    return {"all": photo_classes(tree)}
 
 
-def _photo_classes(tree: FileTree) -> dict[str, list[ImageFile]]:
-    """The images of every folder without folders in it."""
+def without_wrapper(tree: FileTree) -> FileTree:
+    """The tree without a single folder around the whole."""
+    while len(tops := tree.top_folders()) == 1 and tops[0] not in SPLITS and tree.below(tops[0]).folders:
+        tree = tree.below(tops[0])
+    return tree
+
+
+def photo_classes(tree: FileTree) -> dict[str, list[ImageFile]]:
+    """The images of every folder without folders in it, a class by the name of its path.
+
+    Raises:
+        UserError: if there is no such folder, or an image outside them.
+    """
     holders = {folder.rpartition("/")[0] for folder in tree.folders}
     classes: dict[str, list[ImageFile]] = {name: [] for name in sorted(tree.folders - holders)}
     if not classes:
@@ -355,7 +365,7 @@ def _photo_classes(tree: FileTree) -> dict[str, list[ImageFile]]:
                 f"{tree.path(file)}: found an image outside any class folder, needed all in one. "
                 f"Move it there."
             )
-        if not folder or _no_image(name):
+        if not folder or no_image(name):
             continue
         if folder in holders:
             inner = min(other for other in tree.folders if other.startswith(f"{folder}/"))
@@ -367,7 +377,7 @@ def _photo_classes(tree: FileTree) -> dict[str, list[ImageFile]]:
     return classes
 
 
-def _no_image(file: str) -> bool:
+def no_image(file: str) -> bool:
     """Whether the file plainly is something else than an image, by its name."""
     stem, suffix = pathlib.PurePath(file).stem.lower(), pathlib.PurePath(file).suffix.lower()
     return suffix in OTHER_SUFFIXES or (suffix == "" and stem in OTHER_NAMES) or file.lower() == "thumbs.db"

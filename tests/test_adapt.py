@@ -1,0 +1,408 @@
+"""`maml.adapt`: what a network makes of a person's own photographs."""
+
+import csv
+import dataclasses
+import functools
+import pathlib
+import shutil
+import tarfile
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from PIL import Image
+
+from maml import adapt, build, contact_sheet, predictions, sources
+from maml.episodes import Episode
+from maml.errors import Failure, UserError
+from maml.learner import Maml, cross_entropy
+from maml.own_photographs import Photographs, Reader, natural
+from maml.predictions import Predictions
+from maml.run import Run
+from maml.settings import parse
+from tests.test_cli import python
+
+SIDE = 20
+SMALL = ("--img_size=20", "--noconv", "--test_num_updates=3")
+
+
+@pytest.fixture(scope="module")
+def published(data_dir) -> pathlib.Path:
+    return data_dir / "original_checkpoint" / "model59000"
+
+
+@pytest.fixture(scope="module")
+def photographs(data_dir, tmp_path_factory) -> pathlib.Path:
+    """Five classes of real ones: one and two to learn from in turn, two to tell apart, of each."""
+    folder = tmp_path_factory.mktemp("photographs")
+    classes: dict[str, list[bytes]] = {}
+    with tarfile.open(data_dir / "tiny_imagenet_fewshot.tar") as archive:
+        for member in archive:
+            if member.isfile():
+                files = classes.setdefault(member.name.split("/")[2], [])
+                files += [archive.extractfile(member).read()] if len(files) < 4 else []
+            if len(classes) == 6:
+                break
+    for place, (name, files) in enumerate(list(classes.items())[:5]):
+        for i, content in enumerate(files[: 3 + place % 2]):
+            of = folder / ("query" if i < 2 else "support") / name
+            of.mkdir(parents=True, exist_ok=True)
+            (of / f"{i + 9}.jpg").write_bytes(content)  # 9, 10, …: not the order of the letters
+    return folder
+
+
+def written(folder: pathlib.Path, files: dict[str, int | bytes]) -> pathlib.Path:
+    """Images of one brightness, or files of these bytes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if isinstance(content, bytes):
+            path.write_bytes(content)
+        else:
+            Image.new("RGB", (30, 24), (content,) * 3).save(path)
+    return folder
+
+
+def reader(**change) -> Reader:
+    decode = functools.partial(sources.decode_photograph, side=SIDE)
+    return Reader(decode, (SIDE, SIDE, 3), **change)
+
+
+def random_photographs(labels: list[int], seed: int, channels: int = 3) -> Photographs:
+    shape = (len(labels), SIDE, SIDE, channels)
+    pixels = np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+    names = tuple(f"{i}.png" for i in range(len(labels)))
+    return Photographs(names, pixels, np.array(labels, np.int32), tuple(map(str.encode, names)), 0)
+
+
+# --- The predictions ----------------------------------------------------------------------------------
+
+
+def test_published_weights_predict_as_the_learner_on_the_same_episode(photographs, published, monkeypatch):
+    settings = adapt.network_settings(None, str(published), ["--test_num_updates=3"])
+    shape = adapt.input_shape(settings)
+    read = Reader(functools.partial(sources.decode_photograph, side=84), shape)
+    classes, support = read.support(photographs / "support", 5)
+    query = read.query(photographs / "query", classes)
+    network, _ = adapt.load(settings, from_run=False)
+    monkeypatch.setattr(adapt, "AT_ONCE", 4)  # three parts of the ten, the last of which is filled up
+    found = adapt.adapt(network, settings, support, query, way=5)
+
+    def drawn(part: str) -> tuple[tf.Tensor, tf.Tensor]:
+        files = [(c, f) for c, name in enumerate(classes) for f in (photographs / part / name).iterdir()]
+        files.sort(key=lambda file: (file[0], int(file[1].stem)))
+        x = np.stack([sources.decode_photograph(f.read_bytes(), side=84) for _, f in files])
+        return tf.constant(x)[tf.newaxis], tf.constant([[c for c, _ in files]])
+
+    # Every second class has two images to learn from, each of which weighs half.
+    learner = build.build_learner(settings, network)
+    learner.loss = lambda y, logits: sum(
+        cross_entropy(1 + c % 2)(tf.boolean_mask(y, y == c), tf.boolean_mask(logits, y == c))
+        for c in range(5)
+    )
+    episode = Episode(*drawn("support"), *drawn("query"))
+    by_hand = learner.evaluate(episode, tf.constant(3), False)
+    assert classes == tuple(sorted(path.name for path in (photographs / "query").iterdir()))
+    assert query.names[:2] == (f"{classes[0]}/9.jpg", f"{classes[0]}/10.jpg")
+    np.testing.assert_allclose(found.support_loss, by_hand.support["loss"][0], rtol=1e-4)
+    np.testing.assert_allclose(found.probabilities, tf.nn.softmax(by_hand.predictions[0]), atol=1e-4)
+    np.testing.assert_allclose(
+        found.curves(query.labels)["accuracy"], 100 * by_hand.query["accuracy"][0], rtol=1e-6
+    )
+    assert found.support_loss[3] < found.support_loss[0]
+
+
+def test_outputs_without_a_class_have_no_part_in_loss_or_gradient():
+    """Three classes of 1, 2 and 3 images: by hand before any step, and with a mask after some.
+
+    With batch norm over the query set, where the test above has it by the support set's statistics.
+    """
+    settings = adapt.network_settings(None, "random", [*SMALL, "--update_lr=0.1"])
+    network, _ = adapt.load(settings, from_run=False)
+    support, query = random_photographs([0, 1, 1, 2, 2, 2], 0), random_photographs([0, 1], 1)
+    found = adapt.adapt(network, settings, support, query, way=3, transductive=True)
+    assert found.probabilities.shape == (4, 2, 3)
+
+    logits = network(support.pixels / np.float32(255), training=True).numpy()[:, :3].astype(np.float64)
+    right = logits[np.arange(6), support.labels] - np.log(np.exp(logits).sum(-1))
+    np.testing.assert_allclose(
+        found.support_loss[0], -(right[0] + right[1:3].mean() + right[3:].mean()), rtol=1e-5
+    )
+
+    mask = np.array([0, 0, 0, -1e30, -1e30], np.float32)
+
+    def masked(y: tf.Tensor, logits: tf.Tensor) -> tf.Tensor:
+        entropies = tf.nn.sparse_softmax_cross_entropy_with_logits(y, logits + mask)
+        return tf.reduce_sum(entropies / tf.cast(y + 1, tf.float32))
+
+    learner = Maml(network, masked, inner_lr=0.1, classification=True, scale=255.0)
+    episode = Episode(support.pixels, support.labels, query.pixels, query.labels)
+    episode = tf.nest.map_structure(lambda x: tf.constant(x)[tf.newaxis], episode)
+    outputs = learner.evaluate(episode, tf.constant(3), True).predictions[0].numpy()
+    np.testing.assert_allclose(found.probabilities, tf.nn.softmax(outputs[..., :3]), atol=1e-5)
+    assert (outputs[0] != outputs[3]).any()
+
+
+def test_adaptation_that_diverges_is_said():
+    settings = adapt.network_settings(None, "random", [*SMALL, "--norm=None"])
+    settings = dataclasses.replace(settings, update_lr=1e30)
+    network, _ = adapt.load(settings, from_run=False)
+    images = random_photographs([0, 1], 0)
+    with pytest.raises(Failure, match=r"not finite after \d steps of α = 1e\+30\. A smaller --update_lr"):
+        adapt.adapt(network, settings, images, images, way=2)
+
+
+def test_a_run_of_omniglot_takes_colour_photographs(tmp_path):
+    flags = ("--datasource=omniglot", "--num_classes=3", "--noconv", f"--logdir={tmp_path}")
+    settings = parse([*flags, "--train=False"])
+    learner = build.build_learner(settings, build.build_network(settings, (28, 28, 1)))
+    folder = Run(parse(flags), learner)
+    folder.begin(Episode(*[tf.zeros(1)] * 4))
+    folder.iteration.assign(7)
+    folder.save()
+    folder.end()
+
+    settings = adapt.network_settings(str(folder.dir), None, ["--test_num_updates=2"])
+    network, where = adapt.load(settings, from_run=True)
+    assert where == f"{folder.dir}, iteration 7"
+    for own, saved in zip(network.trainable_variables, learner.network.trainable_variables, strict=True):
+        np.testing.assert_array_equal(own, saved)
+    decode = functools.partial(sources.decode_drawing, side=28)
+    folder = written(tmp_path / "drawings", {"a/1.png": 0, "a/2.png": 90, "b/1.png": 255})
+    classes, support = Reader(decode, adapt.input_shape(settings)).support(folder, 3)
+    assert [support.pixels[i].mean() for i in range(3)] == [1, 1, 0]  # dark is ink
+    found = adapt.adapt(network, settings, support, support, way=len(classes))
+    assert found.probabilities.shape == (3, 3, 2)
+    remarks = adapt.remarks(settings, 2, support, support, transductive=False)
+    assert any("read as Omniglot's drawings: 28×28 pixels" in line for line in remarks)
+    assert any("2 classes for 3 outputs" in line for line in remarks)
+    assert any("warning: from 1 to 2 support photographs per class" in line for line in remarks)
+    assert remarks[-1] == "warning: query photographs that are in the support set: a/1.png, a/2.png, b/1.png"
+
+
+# --- Reading ------------------------------------------------------------------------------------------
+
+
+def test_names_are_ordered_as_a_person_counts(tmp_path):
+    assert sorted(["b10", "B9", "b1", "a2c10", "a2c9", "10", "9"], key=natural) == [
+        "9", "10", "a2c9", "a2c10", "b1", "B9", "b10",
+    ]  # fmt: skip
+    files = {"all/class 10/1.png": 1, "all/class 2/10.png": 2, "all/class 2/9.png": 3, "all/readme.txt": b"x"}
+    classes, support = reader().support(written(tmp_path, files), 5)
+    assert classes == ("class 2", "class 10")
+    assert support.names == ("class 2/9.png", "class 2/10.png", "class 10/1.png")
+    assert support.pixels[:, 0, 0, 0].tolist() == [3, 2, 1] and support.labels.tolist() == [0, 0, 1]
+
+
+def test_query_photographs_lie_flat_or_in_folders_of_their_classes(tmp_path):
+    flat = written(tmp_path / "flat", {"10.png": 1, "9.png": 2, "notes.txt": b"x"})
+    query = reader().query(flat, ["cat", "dog"])
+    assert query.names == ("9.png", "10.png") and query.labels is None
+    query = reader().query(written(tmp_path / "one", {"dog/1.png": 1}), ["cat", "dog"])
+    assert query.names == ("dog/1.png",) and query.labels.tolist() == [1]
+    assert query.small == 0
+    query = reader().query(
+        written(tmp_path / "deep", {"all/dog/1.png": 1, "all/cat/1.png": 1}), ["cat", "dog"]
+    )
+    assert query.names == ("cat/1.png", "dog/1.png")
+    archive = shutil.make_archive(str(tmp_path / "packed"), "zip", tmp_path, "flat")
+    query = reader().query(pathlib.Path(archive), ["cat", "dog"])
+    assert query.names == ("9.png", "10.png") and query.labels is None
+
+
+GOOD = {"cat/1.png": 1, "dog/1.png": 2}
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        (None, "not found, needed a folder of photographs for every class. Check the path"),
+        ({}, "found no class folders"),
+        ({"1.png": 1}, "found no class folders"),
+        ({"cat/1.png": 1}, r"found one class \(cat\), needed at least 2"),
+        ({f"{i}/1.png": i for i in range(12)}, r"found 12 classes \(0, 1, 2, 3, 4, 5, … and 6 more\), needed "
+         "at most 5, as many as the network has outputs"),
+        (GOOD | {"eel/readme.txt": b""}, "found no images of eel, needed a few"),
+        (GOOD | {"cat/2.jpg": b"GIF"}, r"1 image cannot be read: .*/cat/2\.jpg \(not an image\).*--skip_bad"),
+    ],
+)  # fmt: skip
+def test_support_sets_that_cannot_be_meant_are_refused(files, message, tmp_path):
+    folder = tmp_path / "support"
+    with pytest.raises(UserError, match=message):
+        reader().support(folder if files is None else written(folder, files), 5)
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        (None, "not found, needed the photographs to be told apart"),
+        ({}, "found no photographs, needed one at least"),
+        ({"cow/1.png": 1, "cat/1.png": 1}, r"no classes of --support \(cow\), needed some of cat, dog"),
+        ({"cat/1.png": 1, "2.png": 1}, "found an image outside any class folder"),
+        ({"1.png": b""}, r"1 image cannot be read: .*/1\.png \(no bytes\)"),
+    ],
+)
+def test_query_sets_that_cannot_be_meant_are_refused(files, message, tmp_path):
+    folder = tmp_path / "query"
+    with pytest.raises(UserError, match=message):
+        reader().query(folder if files is None else written(folder, files), ["cat", "dog"])
+
+
+def test_bad_images_can_be_left_out_but_not_all_of_a_class(tmp_path, capsys):
+    lenient = reader(skip_bad_images=True)
+    _, support = lenient.support(written(tmp_path / "a", GOOD | {"cat/0.png": b"x"}), 5)
+    assert support.names == ("cat/1.png", "dog/1.png") and support.labels.tolist() == [0, 1]
+    assert "left out 1 bad images" in capsys.readouterr().err
+    with pytest.raises(UserError, match="found no readable image of eel"):
+        lenient.support(written(tmp_path / "b", GOOD | {"eel/0.png": b"x"}), 5)
+    with pytest.raises(UserError, match="found no readable photograph"):
+        lenient.query(written(tmp_path / "c", {"0.png": b"x"}), ["cat", "dog"])
+
+
+@pytest.mark.parametrize(
+    ("run", "init_from", "message"),
+    [
+        (None, None, "found neither --run nor --init_from, needed one trained network"),
+        ("a", "b", "found both --run and --init_from"),
+        ("{}/empty", None, "found no flags in it, needed a run folder"),
+        ("{}/cls_5.mbs_25.ubs_5.numstep1.updatelr0.001nonorm", None, "a run of the sinusoid, needed one of"),
+        ("{}/cls_5.mbs_32.ubs_5.numstep1.updatelr0.4batchnorm", None, "found no checkpoint in it"),
+        (
+            None,
+            "{}/cls_5.mbs_32.ubs_5.numstep1.updatelr0.4batchnorm",
+            "found a run folder. Give it as --run=",
+        ),
+    ],
+)
+def test_what_is_no_network_for_images_is_refused(run, init_from, message, tmp_path):
+    for datasource in ("sinusoid", "omniglot"):
+        folder = parse([f"--datasource={datasource}", f"--logdir={tmp_path}"]).run_dir
+        written(folder, {"flags": f"--datasource={datasource}".encode()})
+    with pytest.raises(UserError, match=message):
+        adapt.network_settings(*(name and name.format(tmp_path) for name in (run, init_from)), [])
+
+
+# --- What is written ----------------------------------------------------------------------------------
+
+
+def some_predictions(n: int, way: int) -> Predictions:
+    odds = np.random.default_rng(3).random((3, n, way))
+    return Predictions(np.array([3.0, 2.0, 1.0]), odds / odds.sum(-1, keepdims=True))
+
+
+def seen(picture: pathlib.Path) -> np.ndarray:
+    with Image.open(picture) as image:
+        return np.asarray(image.convert("RGB"))
+
+
+def has_colour(picture: np.ndarray, colour: str) -> bool:
+    wanted = [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
+    return bool((np.abs(picture.astype(int) - wanted).max(-1) < 3).sum() > 50)
+
+
+def test_all_that_is_written_can_be_read_again(tmp_path):
+    classes = ("$cat$", "a dog, with commas and a name much longer than any picture is wide", "猫")
+    support, query = random_photographs([0, 1, 2, 2], 0), random_photographs([0, 1, 2] * 25, 1)
+    made = some_predictions(75, 3)
+    predictions.write(tmp_path / "out", classes, support, query, made)
+    with (tmp_path / "out" / "predictions.csv").open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["image"] for row in rows] == list(query.names)
+    for row, label, odds in zip(rows, query.labels, made.probabilities[-1], strict=True):
+        found = [float(row[f"probability of {name}"]) for name in classes]
+        assert found == odds.tolist() and sum(found) == pytest.approx(1, abs=1e-12)
+        assert row["prediction"] == classes[np.argmax(found)] and float(row["confidence"]) == max(found)
+        assert row["truth"] == classes[label]
+    pictures = {name: seen(tmp_path / "out" / f"{name}.png")
+                for name in ("predictions", "steps")}  # fmt: skip
+    assert all(picture.std() > 10 and picture.shape[1] > 700 for picture in pictures.values())
+    assert has_colour(pictures["predictions"], contact_sheet.RIGHT)
+    assert has_colour(pictures["predictions"], contact_sheet.WRONG)
+
+    # 75 are too many for the sheet, which is of the first 60.
+    sixty = query._replace(names=query.names[:60])
+    contact_sheet.draw(tmp_path / "60.png", classes, support, sixty, made.probabilities[-1])
+    assert seen(tmp_path / "60.png").shape == pictures["predictions"].shape
+    assert contact_sheet._heading(query, made.probabilities[-1], 60).endswith("right (the first 60 of 75)")
+
+
+def test_tables_on_the_terminal():
+    query, made = random_photographs([0, 1] * 30, 0), some_predictions(60, 2)
+    lines = predictions.table(("cat", "dog"), query, made.probabilities[-1]).splitlines()
+    assert len(lines) == 42 and lines[-1] == "… and 20 more in predictions.csv"
+    wrong = (made.predictions[-1] != query.labels)[:40]
+    assert [line.endswith("(wrong)") for line in lines[1:41]] == wrong.tolist()
+    known = predictions.step_table(made, query.labels).splitlines()
+    assert known[1].split() == ["support", "loss", "3.000", "2.000", "1.000"]
+    right = 100 * (made.predictions == query.labels).mean(-1)
+    assert known[2].split()[2:] == [f"{share:.1f}" for share in right]
+    unknown = predictions.step_table(made, None)
+    assert "accuracy" not in unknown and unknown.splitlines()[2].endswith(" 100.0")
+    labels = np.zeros(50, np.int32)
+    assert predictions.accuracy((np.arange(50) >= 41).astype(np.int32), labels) == (
+        "accuracy 82.0 %: 41 of 50 (95 % interval 69.2 to 90.2)"
+    )
+
+
+def test_nothing_of_another_is_overwritten(tmp_path):
+    mine, theirs = written(tmp_path / "mine", {}), written(tmp_path / "theirs", {"steps.png": 1})
+    support, query = tmp_path / "support", tmp_path / "query"
+    assert predictions.out_folder(str(mine), support, query) == mine
+    (mine / "predictions.csv").write_text("image,prediction,confidence,truth\n")
+    (mine / "steps.png").write_bytes(b"")
+    assert predictions.out_folder(str(mine), support, query) == mine  # of the same command, before
+    with pytest.raises(UserError, match=r"found steps\.png, not of this command, which would be overwritten"):
+        predictions.out_folder(str(theirs), support, query)
+    with pytest.raises(UserError, match="in that of --query, whose pictures would be read as photographs"):
+        predictions.out_folder(str(query / "new"), support, written(query, {}))
+    for name in ("theirs/steps.png", "nowhere/new"):
+        with pytest.raises(UserError, match="needed a folder or the name of a new one"):
+            predictions.out_folder(str(tmp_path / name), support, query)
+
+
+# --- The command --------------------------------------------------------------------------------------
+
+
+def test_the_command_from_photographs_to_pictures(photographs, tmp_path):
+    classes = sorted(path.name for path in (photographs / "support").iterdir())[:2]
+    for name in classes:
+        (tmp_path / "support").mkdir(exist_ok=True)
+        (tmp_path / "support" / name).symlink_to(photographs / "support" / name)
+    written(tmp_path / "query", {"2.png": 9, "1.png": 200, "bad.png": b"x"})
+    flags = [f"--{name}={tmp_path / name}" for name in ("support", "query", "out")]
+    flags += ["--init_from=random", *SMALL, "--update_lr=0.5"]
+    # The bad image is found before TensorFlow is imported, which takes seconds.
+    look = "import sys; from maml import adapt; import atexit; "
+    look += "atexit.register(lambda: print('tensorflow' in sys.modules)); adapt.run()"
+    refused = python("-c", look, *flags, expect=2)
+    assert refused.stdout == "False\n" and "bad.png (not an image)" in refused.stderr
+    assert not (tmp_path / "out").exists()
+    done = python("-m", "maml.adapt", *flags, "--skip_bad_images")
+    assert done.stderr.splitlines() == [
+        f"{tmp_path / 'query'}: left out 1 bad images: {tmp_path / 'query'}/bad.png (not an image)"
+    ]
+    head, *remarks = done.stdout.split("\n\n")[0].splitlines()
+    assert head.startswith("maml adapt: 2 classes, 3 support and 2 query photographs, on ")
+    assert remarks[0] == "network: untrained weights; α 0.5, 3 steps"
+    assert "2 classes for 5 outputs" in remarks[1] and "by the support set's statistics" in remarks[2]
+    assert remarks[3].startswith("warning: from 1 to 2 support photographs per class")
+    assert len(remarks) == 4  # none is smaller than the 20 pixels
+    table = [line.split() for line in done.stdout.split("\n\n")[1].splitlines()]
+    assert [row[0] for row in table] == ["photograph", "1.png", "2.png"]
+    assert all(row[1] in classes for row in table[1:])
+    sheet = seen(tmp_path / "out" / "predictions.png")
+    assert not has_colour(sheet, contact_sheet.RIGHT) and not has_colour(sheet, contact_sheet.WRONG)
+    assert done.stdout.endswith(f"wrote predictions.csv, predictions.png, steps.png in {tmp_path / 'out'}\n")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "predictions.csv", "predictions.png", "steps.png",
+    ]  # fmt: skip
+
+
+def test_a_forgotten_flag_is_named():
+    for flags, message in (
+        ((), "found no --support, needed a folder"),
+        (("--support=", "--query=x"), "needed a path"),
+    ):
+        done = python("-m", "maml.adapt", *flags, expect=2)
+        assert message in done.stderr and len(done.stderr.splitlines()) == 1
