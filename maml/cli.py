@@ -33,7 +33,7 @@ def _train_and_test(settings: Settings, machine: "Machine") -> None:
         import keras
     import tensorflow as tf
 
-    from maml import build, evaluate, figures, results, show_episodes
+    from maml import build, dashboard, evaluate, figures, results
     from maml.run import Run
     from maml.train import train
 
@@ -59,7 +59,7 @@ def _train_and_test(settings: Settings, machine: "Machine") -> None:
         if int(folder.iteration):
             print(f"resumed from iteration {int(folder.iteration)} of {settings.iterations}", flush=True)
         if machine.chief:
-            show_episodes.write_first_episodes(folder, data, settings)
+            dashboard.begin(folder, data, settings, machine.description)
         train(settings, learner, data, folder)
         folder.end()
     if not machine.chief:
@@ -89,8 +89,8 @@ def _train_and_test(settings: Settings, machine: "Machine") -> None:
         if not settings.classification:
             picture = folder.dir / "fits.png"
             figures.sinusoid_fits(picture, learner, data, spec, steps=settings.test_num_updates)
-            folder.write_picture("validation", "sinusoid/fits", picture)
             written.append(picture.name)
+    dashboard.show_tests(folder)
     if settings.classification and not settings.test_set:
         print("these are the meta-validation classes; add --train=False --test_set for the meta-test classes")
     print(f"wrote {', '.join(written)} in {folder.dir}")

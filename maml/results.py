@@ -84,16 +84,23 @@ def write(settings: Settings, result: "TestResult", iteration: int, device: str)
         "note": "update0 is measured on the support set, update1… on the query set",
         "results": result.as_json(),
         "command": shlex.join(sys.argv),
-        "versions": {
-            "maml": maml.__version__,
-            **{name: importlib.metadata.version(name) for name in LIBRARIES},
-            "python": platform.python_version(),
-        },
-        "hardware": f"{platform.machine()}, {os.cpu_count()} cores; {device}",
+        "versions": versions(),
+        "hardware": hardware(device),
     }
     entries = [other for other in read(settings.run_dir) if other["protocol"] != entry["protocol"]]
     write_whole(settings.run_dir / "results.json", json.dumps([*entries, entry], indent=1))
     return table
+
+
+def versions() -> dict[str, str]:
+    """Of this program and of what it stands on."""
+    libraries = {name: importlib.metadata.version(name) for name in LIBRARIES}
+    return {"maml": maml.__version__, **libraries, "python": platform.python_version()}
+
+
+def hardware(device: str) -> str:
+    """The machine in words; `device`: what of it is used."""
+    return f"{platform.machine()}, {os.cpu_count()} cores; {device}"
 
 
 def read(run_dir: pathlib.Path) -> list[dict]:
