@@ -64,7 +64,7 @@ def _train_and_test(settings: Settings, machine: "Machine") -> None:
     with command.silent_start():
         import keras
 
-    from maml import build, show_episodes
+    from maml import build, dashboard
     from maml.run import Run
     from maml.train import train
 
@@ -88,7 +88,7 @@ def _train_and_test(settings: Settings, machine: "Machine") -> None:
         if int(folder.iteration):
             print(f"resumed from iteration {int(folder.iteration)} of {settings.iterations}", flush=True)
         if machine.chief:
-            show_episodes.write_first_episodes(folder, data, settings)
+            dashboard.begin(folder, data, settings, machine.description)
         train(settings, learner, data, folder)
         folder.end()
     if machine.chief:
@@ -98,7 +98,7 @@ def _train_and_test(settings: Settings, machine: "Machine") -> None:
 
 
 def _test(settings: Settings, learner: "Maml", data: "EpisodeSource", folder: "Run", device: str) -> None:
-    from maml import build, evaluate, figures, results
+    from maml import build, dashboard, evaluate, figures, results
 
     iteration, spec = int(folder.iteration), build.test_spec(settings)
     print(
@@ -122,8 +122,8 @@ def _test(settings: Settings, learner: "Maml", data: "EpisodeSource", folder: "R
         if not settings.classification:
             picture = folder.dir / "fits.png"
             figures.sinusoid_fits(picture, learner, data, spec, steps=settings.test_num_updates)
-            folder.write_picture("validation", "sinusoid/fits", picture)
             written.append(picture.name)
+    dashboard.show_tests(folder)
     print("\n".join([f"wrote {', '.join(written)} in {folder.dir}", *_next(settings)]))
 
 
@@ -133,7 +133,7 @@ def _header(settings: Settings, from_paper: dict[str, object], devices: str) -> 
     task = (
         f"{way}-way {settings.update_batch_size}-shot"
         if settings.classification
-        else (f"{settings.update_batch_size}-shot")
+        else f"{settings.update_batch_size}-shot"
     )
     support, query = way * settings.update_batch_size, way * settings.num_query
     steps = settings.num_updates if settings.train else settings.test_num_updates

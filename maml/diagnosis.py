@@ -36,8 +36,9 @@ def not_finite(learner: Maml, episodes: Episode, run: Run, pretraining: bool) ->
         f"episode {iteration * tasks + task}: losses {', '.join(f'{loss:.3g}' for loss in losses[task])}"
         for task in bad[:3]
     )
-    names = [variable.path.split("/", 1)[-1] for variable in learner.network.trainable_variables]
-    by_weight = ", ".join(f"{name} {norm:.3g}" for name, norm in zip(names, norms.mean(axis=0), strict=True))
+    by_weight = ", ".join(
+        f"{name} {norm:.3g}" for name, norm in zip(learner.weight_names(), norms.mean(axis=0), strict=True)
+    )
     kind = "gradient" if pretraining else "meta-gradient"
     return (
         f"iteration {iteration}: a loss or the {kind} is not finite in {len(bad)} of {tasks} tasks "

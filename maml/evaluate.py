@@ -31,10 +31,14 @@ def series(values: np.ndarray) -> Series:
 
 
 class TestResult(NamedTuple):
-    """What a test found: {"loss" | "accuracy": [tasks, steps + 1]} on the support and on the query sets."""
+    """What a test found: {"loss" | "accuracy": [tasks, steps + 1]} on the support and on the query sets.
+
+    `predictions` are the network's outputs on the first tasks' query sets, [tasks, steps + 1, n, outputs].
+    """
 
     support: dict[str, np.ndarray]
     query: dict[str, np.ndarray]
+    predictions: np.ndarray | None = None
 
     @property
     def measure(self) -> str:
@@ -96,7 +100,7 @@ def measure_tasks(
             kind: np.concatenate([getattr(part, field)[kind].numpy() for part in parts]) for kind in kinds
         }
 
-    return TestResult(joined("support"), joined("query"))
+    return TestResult(joined("support"), joined("query"), parts[0].predictions.numpy())
 
 
 def table(result: TestResult, settings: "Settings", iteration: int) -> str:

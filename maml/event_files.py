@@ -14,12 +14,15 @@ LENGTH, CHECKSUM = 8, 4  # bytes of a record: its length, checksum of that, the 
 def keep(folder: pathlib.Path, wanted: Callable[[int], bool]) -> None:
     """Rewrites a writer's event files without the steps that are not wanted, and without a torn end.
 
-    Each file is replaced whole or not at all. Files that hold nothing else stay as they are.
+    Each file is replaced whole or not at all, and deleted where nothing of it is wanted. Files that hold
+    nothing else stay as they are.
     """
     for path in sorted(folder.glob("events.out.tfevents.*")):
         data = path.read_bytes()
         kept = b"".join(record for record, step in _records(data) if wanted(step))
-        if len(kept) < len(data):
+        if not kept:
+            path.unlink()
+        elif len(kept) < len(data):
             # TensorBoard takes every file whose name says "tfevents" for one of events.
             new = path.with_name("events.new")
             new.write_bytes(kept)

@@ -1,12 +1,19 @@
 """Figures as PNG files."""
 
+import io
 import pathlib
 import textwrap
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import matplotlib
 import numpy as np
 import tensorflow as tf
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
+from PIL import Image
 
 from maml.datasets import Sinusoid
 from maml.episodes import Episode, EpisodeSource, EpisodeSpec
@@ -15,6 +22,8 @@ from maml.learner import Maml
 matplotlib.use("Agg", force=False)
 
 GRID = 200  # points a curve is drawn through
+ROWS = 5  # examples of a class that are shown with their predictions
+BLUE, GREEN, RED = "#4c72b0", "#55a868", "#c44e52"
 
 
 def sinusoid_fits(
@@ -32,31 +41,52 @@ def sinusoid_fits(
     """
     import matplotlib.pyplot as plt
 
+    fits = _fits(learner, data, spec, "test", steps, tasks)
+    figure, axes = plt.subplots(1, tasks, figsize=(3.4 * tasks, 3), sharey=True, layout="constrained")
+    for axis, fit in zip(np.atleast_1d(axes), fits, strict=True):
+        _fit_panel(axis, fit, steps)
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+class _Fit(NamedTuple):
+    """A sinusoid and its fits: x and truth [GRID], curves [steps + 1, GRID], support points [K]."""
+
+    amplitude: float
+    phase: float
+    x: np.ndarray
+    truth: np.ndarray
+    curves: np.ndarray
+    support_x: np.ndarray
+    support_y: np.ndarray
+
+
+def _fits(learner: Maml, data: Sinusoid, spec: EpisodeSpec, split: str, steps: int, tasks: int) -> list[_Fit]:
     indices = tf.range(tasks, dtype=tf.int64)
-    told = Sinusoid(oracle=True).sample(spec, "test", indices).support_x
+    told = Sinusoid(oracle=True).sample(spec, split, indices).support_x
     amplitude, phase = told[:, :1, 1:2], told[:, :1, 2:3]
     x = tf.tile(tf.linspace(-5.0, 5.0, GRID)[tf.newaxis, :, tf.newaxis], (tasks, 1, 1))
     truth = amplitude * tf.sin(x - phase)
     inputs = tf.concat([x, amplitude + 0 * x, phase + 0 * x], axis=-1) if data.oracle else x
-    support = data.sample(spec, "test", indices)
+    support = data.sample(spec, split, indices)
     curves = learner.evaluate(
         Episode(support.support_x, support.support_y, inputs, truth), tf.constant(steps)
-    ).predictions.numpy()
+    ).predictions
+    points = (x, truth, curves, support.support_x, support.support_y)
+    arrays = zip(*(values.numpy()[..., 0] for values in points), strict=True)
+    shapes = zip(amplitude.numpy().ravel(), phase.numpy().ravel(), strict=True)
+    return [_Fit(*shape, *of_task) for shape, of_task in zip(shapes, arrays, strict=True)]
 
-    figure, axes = plt.subplots(1, tasks, figsize=(3.4 * tasks, 3), sharey=True, layout="constrained")
-    for i, axis in enumerate(np.atleast_1d(axes)):
-        axis.plot(x[i, :, 0], truth[i, :, 0], color="#c44e52", linewidth=2, label="task")
-        for step, style in {0: (0, (1, 1.5)), 1: "--", steps: "-"}.items():
-            label = "before" if step == 0 else f"after {step} step{'s' * (step > 1)}"
-            axis.plot(x[i, :, 0], curves[i, step, :, 0], linestyle=style, color="#4c72b0", label=label)
-        axis.plot(
-            support.support_x[i, :, 0], support.support_y[i, :, 0], "^", color="#8172b3", label="support"
-        )
-        axis.set_title(f"A = {float(amplitude[i, 0, 0]):.2f}, φ = {float(phase[i, 0, 0]):.2f}", fontsize=10)
-        axis.spines[["top", "right"]].set_visible(False)
-    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+
+def _fit_panel(axis: Axes, fit: _Fit, steps: int) -> None:
+    axis.plot(fit.x, fit.truth, color=RED, linewidth=2, label="task")
+    for step, style in {0: (0, (1, 1.5)), 1: "--", steps: "-"}.items():
+        label = "before" if step == 0 else f"after {step} step{'s' * (step > 1)}"
+        axis.plot(fit.x, fit.curves[step], linestyle=style, color=BLUE, label=label)
+    axis.plot(fit.support_x, fit.support_y, "^", color="#8172b3", label="support")
+    axis.set_title(f"A = {fit.amplitude:.2f}, φ = {fit.phase:.2f}", fontsize=10)
+    axis.spines[["top", "right"]].set_visible(False)
 
 
 def episode_grid(
@@ -118,10 +148,10 @@ def _panel_size(episode: Episode, spec: EpisodeSpec) -> tuple[float, float]:
 def _image_panel(
     axis: Axes, episode: Episode, spec: EpisodeSpec, names: list[str] | None, scale: float
 ) -> None:
-    gap = max(1, episode.support_x.shape[2] // 28)
+    gap = _gap(episode)
     support = _mosaic(episode.support_x, episode.support_y, spec.way, scale, gap)
     query = _mosaic(episode.query_x, episode.query_y, spec.way, scale, gap)
-    band = np.ones((4 * gap, support.shape[1], 3), np.float32)
+    band = np.ones((_band(episode), support.shape[1], 3), np.float32)
     axis.imshow(np.concatenate([support, band, query]), interpolation="nearest")
     axis.spines[:].set_visible(False)
     axis.tick_params(length=0, labelsize=7)
@@ -133,6 +163,16 @@ def _image_panel(
     axis.set_xticks([pitch * (i + 0.5) for i in range(spec.way)], labels)
     rows = [len(support) / 2, len(support) + len(band) + len(query) / 2]
     axis.set_yticks(rows, ["support", "query"], rotation=90, va="center")
+
+
+def _gap(episode: Episode) -> int:
+    """Pixels between two images."""
+    return max(1, episode.support_x.shape[2] // 28)
+
+
+def _band(episode: Episode) -> int:
+    """Pixels between support and query."""
+    return 4 * _gap(episode)
 
 
 def _mosaic(x: np.ndarray, y: np.ndarray, way: int, scale: float, gap: int) -> np.ndarray:
@@ -153,3 +193,152 @@ def _point_panel(axis: Axes, episode: Episode) -> None:
         axis.plot(x[:, 0], y[:, 0], marker, label=label)
     axis.legend(frameon=False, fontsize=7)
     axis.spines[["top", "right"]].set_visible(False)
+
+
+# --- Small pictures for TensorBoard, drawn while training waits ----------------------------------------
+
+
+def fits_so_far(learner: Maml, data: Sinusoid, spec: EpisodeSpec, steps: int) -> bytes:
+    """A PNG of the fits to the first four validation tasks; their axes stay the same through a training."""
+    figure = Figure(figsize=(5.2, 4.4))
+    figure.subplots_adjust(0.07, 0.2, 0.99, 0.93, wspace=0.06, hspace=0.3)
+    axes = figure.subplots(2, 2, subplot_kw={"xticks": (), "yticks": (), "ylim": (-5.5, 5.5)})
+    for axis, fit in zip(axes.flat, _fits(learner, data, spec, "val", steps, axes.size), strict=True):
+        _fit_panel(axis, fit, steps)
+    axes[1, 0].set(xticks=(-5, 0, 5), yticks=(-5, 0, 5))  # every tick takes a millisecond
+    figure.legend(*axis.get_legend_handles_labels(), loc="lower center", ncols=3, frameon=False)
+    return _as_png(figure)
+
+
+class Adaptation(NamedTuple):
+    """Means over validation tasks after 0…n steps, each [n + 1]; `ci95` is that of the query sets."""
+
+    support: np.ndarray
+    query: np.ndarray
+    ci95: np.ndarray
+
+
+def adaptation_curve(
+    now: Adaptation,
+    earlier: Mapping[int, Sequence[float]],
+    *,
+    iteration: int,
+    name: str,
+    percent: bool,
+    trained_steps: int,
+) -> bytes:
+    """A PNG of how a validation's tasks go from step to step, before those of earlier validations.
+
+    Args:
+        now: this validation.
+        earlier: {iteration: means on the query sets after 0…n steps}, ascending.
+        iteration: of this validation.
+        name: of what is measured.
+        percent: it goes up to 100.
+        trained_steps: inner steps of training, which are marked.
+    """
+    figure = Figure(figsize=(5.2, 4.4))
+    figure.subplots_adjust(0.13, 0.25, 0.98, 0.93)
+    axis = figure.subplots()
+    last = len(now.query) - 1
+    for i, (then, means) in enumerate(earlier.items()):
+        axis.plot(means, color=BLUE, alpha=0.2 + 0.4 * i / len(earlier), linewidth=1)
+        axis.annotate(f" {then:,}", (last, means[-1]), color="#777777", fontsize=8, va="center")
+    steps = np.arange(last + 1)
+    axis.axvline(trained_steps, color="#bbbbbb", linewidth=1, linestyle=":", label="steps of training")
+    axis.plot(steps, now.support, "--", color=GREEN, linewidth=1.2, label="support set")
+    axis.plot(steps, now.query, "-o", color=BLUE, markersize=4, linewidth=2, label="query set ± 95 % CI")
+    axis.fill_between(steps, now.query - now.ci95, now.query + now.ci95, color=BLUE, alpha=0.2, linewidth=0)
+    # By what was found now: a diverged validation must not flatten all others.
+    highest = 100.0 if percent else np.max(now.query[np.isfinite(now.query)], initial=1e-3)
+    ends = {"xlim": (-0.03 * last, 1.1 * last), "ylim": (0, (1.03 if percent else 1.3) * highest)}
+    axis.set(xlabel="inner steps", ylabel=name, xticks=sorted({0, trained_steps, last}), **ends)
+    axis.set_title(f"validation after {iteration:,} iterations (thin: earlier ones)", fontsize=10)
+    axis.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="lower center", ncols=2, frameon=False)
+    return _as_png(figure)
+
+
+def predictions(
+    episodes: Episode,
+    predicted: np.ndarray,
+    spec: EpisodeSpec,
+    *,
+    names: list[list[str]] | None,
+    scale: float,
+    title: str,
+) -> bytes:
+    """A PNG of episodes of images, with every query's predicted label, in a green frame if right, else red.
+
+    Args:
+        episodes: arrays of a few tasks; a column per class, at most ROWS examples of it.
+        predicted: labels of the queries, [tasks, n].
+        spec: their shape.
+        names: of each task's classes, if they have any.
+        scale: the brightest value of a pixel.
+        title: above all.
+    """
+    tasks = len(predicted)
+    rows = min(spec.shot, ROWS) + min(spec.query, ROWS)
+    width, height = max(3.2, 0.8 * spec.way + 0.5), 0.8 * rows + 1.3
+    figure = Figure(figsize=(width, tasks * height + 0.3), layout="constrained")
+    figure.suptitle(title, fontsize=11)
+    for i, axis in enumerate(figure.subplots(tasks, squeeze=False).flat):
+        episode = Episode(*(field[i] for field in episodes))
+        _predictions_panel(axis, episode, predicted[i], spec, names[i] if names else None, scale)
+        right = (predicted[i] == episode.query_y).sum()
+        axis.set_title(f"episode {i}: {right} of {len(predicted[i])} right", fontsize=10)
+    return _as_png(figure)
+
+
+def _predictions_panel(
+    axis: Axes,
+    episode: Episode,
+    predicted: np.ndarray,
+    spec: EpisodeSpec,
+    names: list[str] | None,
+    scale: float,
+) -> None:
+    side = episode.support_x.shape[1]
+    frame = max(2, side // 12)
+    white, green, red = (np.array(to_rgb(colour), np.float32) for colour in ("white", GREEN, RED))
+    support, query = (_first_of_each(y, spec.way) for y in (episode.support_y, episode.query_y))
+    hits = (predicted == episode.query_y)[query]
+    shown = Episode(
+        _framed(episode.support_x[support] / scale, np.broadcast_to(white, (len(support), 3)), frame),
+        episode.support_y[support],
+        _framed(episode.query_x[query] / scale, np.where(hits[:, None], green, red), frame),
+        episode.query_y[query],
+    )
+    _image_panel(axis, shown, spec, names, 1.0)
+    gap = _gap(shown)
+    pitch, top = side + 2 * frame + gap, _band(shown) + len(support) // spec.way * (side + 2 * frame + gap)
+    for i, (which, hit) in enumerate(zip(query, hits, strict=True)):
+        row, column = divmod(i, spec.way)
+        axis.text(
+            column * pitch, top + row * pitch, str(predicted[which]), color="white", fontsize=8, va="top",
+            bbox={"facecolor": GREEN if hit else RED, "linewidth": 0, "pad": 1.5},
+        )  # fmt: skip
+
+
+def _first_of_each(y: np.ndarray, way: int) -> np.ndarray:
+    """Where the first examples of each class are: of all classes one, then of all another, at most ROWS."""
+    return np.stack([np.flatnonzero(y == label)[:ROWS] for label in range(way)], axis=1).ravel()
+
+
+def _framed(images: np.ndarray, colours: np.ndarray, width: int) -> np.ndarray:
+    """Images [n, H, W, C] in 0…1 as RGB, each within a frame of its colour [n, 3]."""
+    n, height, across, _ = images.shape
+    framed = np.empty((n, height + 2 * width, across + 2 * width, 3), np.float32)
+    framed[:] = colours[:, np.newaxis, np.newaxis]
+    framed[:, width:-width, width:-width] = images
+    return framed
+
+
+def _as_png(figure: Figure) -> bytes:
+    """The figure in 256 colours: a tenth of the bytes, and as good."""
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    picture, png = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB"), io.BytesIO()
+    picture.quantize(256, method=Image.Quantize.FASTOCTREE).save(png, "png")
+    return png.getvalue()

@@ -1,7 +1,8 @@
 """The flags of `main.py`, topic by topic, as `--helpshort` shows them.
 
 Names, types and defaults are those of the original `cbfinn/maml` where it has the flag. The first paragraph
-of a help text XX"""
+of a help text, its defaults in brackets, is what is shown there; all of it is in `--helpfull`.
+"""
 
 import functools
 import os

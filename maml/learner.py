@@ -196,7 +196,8 @@ class Maml:
 
     def _update(self, optimizer: Adam, gradient: Weights, measures: Measures, clip: float | None) -> Measures:
         finite = tf.reduce_all([tf.reduce_all(tf.math.is_finite(x)) for x in [*gradient, *measures.values()]])
-        norm = tf.linalg.global_norm(gradient)
+        norms = tf.stack([tf.norm(weight) for weight in gradient])
+        norm = tf.norm(norms)
         if clip is not None:
             gradient = [tf.clip_by_value(g, -clip, clip) for g in gradient]
 
@@ -207,7 +208,7 @@ class Maml:
         skipped = tf.cond(finite, apply, lambda: tf.ones_like(norm))
         for seed in self._seeds:  # the next iteration draws other noise
             seed.assign(_folded(seed, 0))
-        return {**measures, "gradient_norm": norm, "skipped": skipped}
+        return {**measures, "gradient_norm": norm, "gradient_norms": norms, "skipped": skipped}
 
     def _metatrain_block(self, block: Episode, first: tf.Tensor, last: tf.Tensor) -> Measures:
         """`meta_step` on the meta-batches first…last−1 of a block (a leading axis of meta-batches).
@@ -305,6 +306,10 @@ class Maml:
 
     # --- Tasks onto the machine -------------------------------------------------------------------
 
+    def weight_names(self) -> list[str]:
+        """What θ's parts are called, as "conv1/kernel"."""
+        return [v.path.removeprefix(f"{self.network.name}/") for v in self.network.trainable_variables]
+
     def weights(self) -> Weights:
         """θ, the values of the network's trainable variables."""
         return [tf.convert_to_tensor(variable) for variable in self.network.trainable_variables]
@@ -332,6 +337,7 @@ class Maml:
         joint = step == self.pretrain_step
         specs = self._measure_specs(self.task_joint_gradient if joint else self.task_meta_gradient)
         specs |= dict.fromkeys(("gradient_norm", "skipped"), tf.TensorSpec((), specs["support_loss"].dtype))
+        specs["gradient_norms"] = tf.TensorSpec((len(self._adapted),), specs["support_loss"].dtype)
         records = {
             name: tf.TensorArray(spec.dtype, size=length, element_shape=spec.shape)
             for name, spec in specs.items()

@@ -83,12 +83,8 @@ def write(settings: "Settings", result: "TestResult", iteration: int, device: st
         "note": "update0 is measured on the support set, update1… on the query set",
         "results": result.as_json(),
         "command": shlex.join(sys.argv),
-        "versions": {
-            "maml": maml.__version__,
-            **{name: importlib.metadata.version(name) for name in LIBRARIES},
-            "python": platform.python_version(),
-        },
-        "hardware": f"{platform.machine()}, {os.cpu_count()} cores; {device}",
+        "versions": versions(),
+        "hardware": hardware(device),
     }
     table = settings.run_dir / f"test_ubs{settings.update_batch_size}_stepsize{settings.update_lr}.csv"
     # Another test of this run may end at the same moment.
@@ -107,6 +103,17 @@ def _original_csv(result: "TestResult") -> str:
     out.writerow([f"update{i}" for i in range(len(rows.mean))])
     out.writerows(values.tolist() for values in rows)
     return text.getvalue()
+
+
+def versions() -> dict[str, str]:
+    """Of this program and of what it stands on."""
+    libraries = {name: importlib.metadata.version(name) for name in LIBRARIES}
+    return {"maml": maml.__version__, **libraries, "python": platform.python_version()}
+
+
+def hardware(device: str) -> str:
+    """The machine in words; `device`: what of it is used."""
+    return f"{platform.machine()}, {os.cpu_count()} cores; {device}"
 
 
 def read(run_dir: pathlib.Path) -> list[dict]:

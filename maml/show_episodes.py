@@ -52,7 +52,8 @@ def write_first_episodes(run: "Run", data: "EpisodeSource", settings: Settings) 
                 draw(picture, data, settings, splits=(split,))
             except UserError:  # training needs no test classes, and checks the others itself
                 continue
-            run.write_picture("train" if split == "train" else "validation", f"episodes/{split}", picture)
+            writer = "train" if split == "train" else "validation"
+            run.write_picture(writer, f"episodes/{split}", picture.read_bytes())
 
 
 def _show(_: list[str]) -> None:

@@ -25,7 +25,6 @@ from maml.settings import FLAGS, Settings, UserError
 # They say where, and how long is watched: two values of one of them are one run and one test.
 NO_DIFFERENCE = {"log", "logdir", "resume", "save_interval", "train"}
 EXAMPLE = '--grid="num_classes=2,3,5 num_query=1,15"'
-TAG = "test/{}_after_{}_steps"
 
 
 class Combination(NamedTuple):
@@ -330,27 +329,22 @@ def _write_events(sweep: Sweep, outcomes: Sequence[Outcome]) -> None:
     """Shows outcomes on TensorBoard's HPARAMS tab, each once: the grid's values, the test's measures."""
     with command.silent_start():
         import tensorflow as tf
-        from tensorboard.plugins.hparams import api
+
+        from maml import dashboard
 
     tf.config.set_visible_devices([], "GPU")  # the runs need its memory
-    if not any(sweep.events.glob("events.out.*")):
-        parameters = [
-            api.HParam(name, api.Discrete({c.typed[name] for c in sweep.combinations})) for name in sweep.grid
-        ]
-        measures = dict.fromkeys(outcome.measure for outcome in outcomes)
-        metrics = [api.Metric(TAG.format(measure, step)) for measure in measures for step in sweep.steps]
-        with tf.summary.create_file_writer(str(sweep.events)).as_default():
-            api.hparams_config(parameters, metrics)
     for outcome in outcomes:
         # The name of a folder from the values, which may be paths.
         folder = sweep.events / re.sub(r"[^\w.,=-]+", "-", outcome.combination.label.replace(", ", ","))
         if folder.is_dir() and any(folder.glob("events.out.*")):
             continue
-        with tf.summary.create_file_writer(str(folder)).as_default(step=outcome.entry["iterations"]):
-            api.hparams(outcome.combination.typed)
-            for step in sweep.steps:
-                if step < len(outcome.query["mean"]):
-                    tf.summary.scalar(TAG.format(outcome.measure, step), outcome.query["mean"][step])
+        measured = outcome.query["mean"]
+        metrics = {
+            dashboard.test_tag(outcome.measure, step): measured[step]
+            for step in sweep.steps
+            if step < len(measured)
+        }
+        dashboard.write_session(folder, outcome.combination.typed, metrics, outcome.entry["iterations"])
 
 
 def _label(values: Iterable[tuple[str, str]]) -> str:

@@ -8,6 +8,7 @@ import numpy as np
 import tensorflow as tf
 from tqdm import tqdm
 
+from maml import dashboard
 from maml.build import test_spec, train_spec
 from maml.command import put_off_interruption
 from maml.diagnosis import not_finite
@@ -148,30 +149,12 @@ class _Window:
         return count
 
     def scalars(self, pretraining: bool, rate: float) -> dict[str, float]:
-        """Means over the window, under tags that say which set and how many inner steps; empties it."""
+        """Means over the window, as TensorBoard is to show them; empties it."""
         rows = {name: np.concatenate(parts) for name, parts in self._rows.items()}
         self._rows.clear()
-        taken = rows["skipped"] == 0
-        learner = self._learner
-        optimizer = learner.pretrain_optimizer if pretraining else learner.meta_optimizer
-        scalars = {
-            "optimisation/meta_lr": float(optimizer.learning_rate.numpy()),
-            "optimisation/iterations_per_second": rate,
-            "optimisation/skipped_updates": float((~taken).sum()),
-        }
-        if not taken.any():
-            return scalars
-        means = {name: values[taken].mean(axis=0) for name, values in rows.items() if name != "skipped"}
-        scalars["optimisation/gradient_norm"] = float(means.pop("gradient_norm"))
-        for name, mean in means.items():
-            part, measure = name.split("_")
-            if part == "query":
-                scalars[f"{measure}/query_after_{learner.inner_steps}_steps"] = float(mean)
-            else:
-                scalars |= {
-                    f"{measure}/support_after_{j}_steps": float(value) for j, value in enumerate(mean)
-                }
-        return scalars
+        taken = rows.pop("skipped") == 0
+        means = {name: values[taken].mean(axis=0) for name, values in rows.items()} if taken.any() else {}
+        return dashboard.training_scalars(self._learner, means, pretraining, rate, int((~taken).sum()))
 
 
 def _validate(settings: Settings, learner: Maml, data: EpisodeSource, run: Run) -> str:
@@ -186,13 +169,7 @@ def _validate(settings: Settings, learner: Maml, data: EpisodeSource, run: Run) 
         steps=steps,
         transductive=settings.transductive,
     )
-    scalars = {}
-    for part, measures in (("support", result.support), ("query", result.query)):
-        for measure, values in measures.items():
-            for j, mean in enumerate(values.mean(axis=0)):
-                scalars[f"{measure}/{part}_after_{j}_steps"] = float(mean)
-    scalars["optimisation/diverged_tasks"] = float(result.diverged)
-    run.record_validation(scalars)
+    dashboard.record_validation(settings, learner, data, run, result)
     means = result.query[result.measure].mean(axis=0)
     unit = (lambda v: f"{100 * v:.1f} %") if result.measure == "accuracy" else (lambda v: f"{v:.3f}")
     marks = sorted({0, min(settings.num_updates, steps), steps})

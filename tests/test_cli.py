@@ -77,7 +77,7 @@ def test_default_run_is_quiet_and_ends_with_a_table(trained):
 
 def test_run_folder_holds_everything(trained):
     run = trained[0] / SINUSOID
-    folders = {"checkpoints", "train", "validation"}
+    folders = {"checkpoints", "train", "validation", "tests"}
     files = {"flags", "data", "lock", "results.json", "results.lock", "validation.csv", "fits.png"}
     files.add("test_ubs5_stepsize0.001.csv")
     assert {path.name for path in run.iterdir()} == folders | files
@@ -109,8 +109,12 @@ def test_tensorboard_curves_have_every_point_once(trained):
         for event in tf.compat.v1.train.summary_iterator(str(path)):
             for value in event.summary.value:
                 points.setdefault(value.tag, []).append(event.step)
-    assert set(points) == {
-        "loss/support_after_0_steps",
+    assert points.pop("run") == [0]  # the text card
+    weights = {
+        f"meta_gradient/{layer}/{w}" for layer in ("dense1", "dense2", "head") for w in ("kernel", "bias")
+    }
+    assert set(points) == weights | {
+        "loss/support_before_adaptation",
         "loss/query_after_1_steps",
         "optimisation/gradient_norm",
         "optimisation/meta_lr",

@@ -137,14 +137,7 @@ def summaries(folder: pathlib.Path) -> dict[str, tf.compat.v1.Summary.Value]:
 def test_tensorboard_has_the_values_and_the_measures(swept):
     folder, _, _ = swept
     events = folder / "logs" / "sweeps" / "shots.2"
-    content = summaries(events)["_hparams_/experiment"].metadata.plugin_data.content
-    experiment = HParamsPluginData.FromString(content).experiment
-    domains = {
-        info.name: [v.number_value for v in info.domain_discrete.values] for info in experiment.hparam_infos
-    }
-    assert domains == {"update_batch_size": [5, 10], "test_num_query": [7]}
     tags = ["test/loss_after_1_steps", "test/loss_after_3_steps"]
-    assert [metric.name.tag for metric in experiment.metric_infos] == tags
     for shot in (5, 10):
         found = summaries(events / f"update_batch_size={shot},test_num_query=7")
         start = found["_hparams_/session_start_info"].metadata.plugin_data.content
@@ -172,7 +165,7 @@ def test_the_second_time_nothing_is_run(swept):
     assert (folder / "out" / "shots.2.md").read_text() == page
     assert (folder / "out" / "shots.2.csv").read_text() == numbers
     events = list((folder / "logs" / "sweeps").rglob("events.out.*"))
-    assert len(events) == 3 and stale not in events  # one for the grid, one for each combination
+    assert len(events) == 2 and stale not in events  # one for each combination
 
 
 def test_one_failure_does_not_stop_the_others(swept):

@@ -78,7 +78,7 @@ def rates(run: pathlib.Path) -> list[float]:
         event.step: event.wall_time
         for path in (run / "train").iterdir()
         for event in tf.compat.v1.train.summary_iterator(str(path))
-        if event.summary.value
+        if event.summary.value and event.step  # at 0 is the text card
     }
     assert set(at) == set(range(100, ITERATIONS + 1, 100))
     found = []
