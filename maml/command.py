@@ -4,7 +4,6 @@ import contextlib
 import os
 import signal
 import sys
-import tempfile
 import threading
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,6 +12,7 @@ from absl import app, flags, logging
 
 from maml import flag_parsing, flag_table, help_text
 from maml.output import Output
+from maml.output import silent_start as silent_start
 from maml.settings import FLAGS, Failure, UserError
 
 DONE, FAILED, BAD_INPUT = 0, 1, 2
@@ -184,27 +184,3 @@ def handlers(of: Mapping[int, Callable]) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-@contextlib.contextmanager
-def silent_start() -> Iterator[None]:
-    """Holds back what TensorFlow's libraries print while they load, unless TF_CPP_MIN_LOG_LEVEL asks for it.
-
-    They write to the file descriptor, before any Python setting can reach them.
-    """
-    if os.environ["TF_CPP_MIN_LOG_LEVEL"] != "3":
-        yield
-        return
-    sys.stderr.flush()
-    kept = os.dup(2)
-    with tempfile.TemporaryFile() as held:
-        os.dup2(held.fileno(), 2)
-        try:
-            yield
-        except BaseException:
-            held.seek(0)
-            os.write(kept, held.read())
-            raise
-        finally:
-            os.dup2(kept, 2)
-            os.close(kept)

@@ -1,9 +1,10 @@
-"""Standard output and standard error, whose reader may go (`| head`) and whose disk may be full."""
+"""Standard output and standard error: a reader that goes (`| head`), a full disk, a noisy start."""
 
 import contextlib
 import os
 import signal
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from typing import TextIO
 
@@ -57,3 +58,27 @@ class Output:
             if self._stops and Output.lost is None:
                 Output.lost = error
                 signal.raise_signal(signal.SIGTERM)
+
+
+@contextlib.contextmanager
+def silent_start() -> Iterator[None]:
+    """Holds back what TensorFlow's libraries print while they load, unless TF_CPP_MIN_LOG_LEVEL asks for it.
+
+    They write to the file descriptor, before any Python setting can reach them.
+    """
+    if os.environ["TF_CPP_MIN_LOG_LEVEL"] != "3":
+        yield
+        return
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with tempfile.TemporaryFile() as held:
+        os.dup2(held.fileno(), 2)
+        try:
+            yield
+        except BaseException:
+            held.seek(0)
+            os.write(kept, held.read())
+            raise
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
