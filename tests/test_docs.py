@@ -15,6 +15,7 @@ from collections.abc import Iterator
 import pytest
 import setuptools
 
+import maml
 from maml.settings import FLAGS
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -86,7 +87,8 @@ def bound(tree: ast.Module | ast.ClassDef) -> set[str]:
 @functools.cache
 def owners() -> dict[str, set[str]]:
     """{module of maml, or class of any source: what is in it}."""
-    found = {"maml": {pathlib.Path(path).stem for path in trees() if path.startswith("maml/")}}
+    modules = {pathlib.Path(path).stem for path in trees() if path.startswith("maml/")}
+    found = {"maml": {*modules, *maml.__all__}}
     for path, tree in trees().items():
         if path.startswith("maml/"):
             module = "maml" if path.endswith("__init__.py") else pathlib.Path(path).stem
