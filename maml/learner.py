@@ -116,7 +116,7 @@ class Maml:
         self._adapted = adapted_weights(network)
         self.pretrain_block = self.tasks.compiled(self._pretrain_block)
         self.metatrain_block = self.tasks.compiled(self._metatrain_block)
-        self.evaluate = tf.function(self._evaluate, reduce_retracing=True)
+        self.evaluate = tf.function(self._evaluate, reduce_retracing=True, autograph=False)
 
     # --- The inner loop ---------------------------------------------------------------------------
 
