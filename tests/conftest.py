@@ -10,8 +10,11 @@ os.environ["MPLBACKEND"] = "Agg"
 
 @pytest.fixture(scope="session", autouse=True)
 def cache_dir(tmp_path_factory) -> pathlib.Path:
-    """An image cache of the tests' own, for the processes they start too."""
-    os.environ["MAML_CACHE_DIR"] = str(tmp_path_factory.mktemp("cache"))
+    """An image cache of the tests' own, for the processes they start too; the workers of one run share it."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    os.environ["MAML_CACHE_DIR"] = str(folder / "cache")
     return pathlib.Path(os.environ["MAML_CACHE_DIR"])
 
 
