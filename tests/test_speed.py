@@ -16,7 +16,7 @@ from benchmarks.speed_worker import agreement, input_shape, matmul_flops, random
 from maml import build
 from maml.networks import conv4
 from maml.settings import Settings
-from tests.test_cli import python
+from tests import forked
 
 # name: (settings of a small task of the kind, TASKS of them)
 SMALL = {
@@ -97,7 +97,8 @@ def test_flops_are_those_of_the_products_that_tensorflow_does(order):
     settings = small("mlp_sinusoid", order, tasks=2)
     network = network_of(settings)
     loop = PlainLoop(settings, network)
-    traced = tf.function(loop.meta_gradient).get_concrete_function(first_meta_batch(settings))
+    gradient = tf.function(loop.meta_gradient, autograph=False)
+    traced = gradient.get_concrete_function(first_meta_batch(settings))
     products = [operation for operation in traced.graph.get_operations() if operation.type == "MatMul"]
     done = 0
     for product in products:
@@ -180,7 +181,7 @@ def test_a_graph_that_grows_is_seen():
 
 
 def run(*arguments: str, expect: int = 0) -> subprocess.CompletedProcess:
-    return python("-m", "benchmarks.speed", *arguments, expect=expect, timeout=600)
+    return forked.run("-m", "benchmarks.speed", *arguments, expect=expect, timeout=600)
 
 
 def test_the_command_measures_and_writes_what_it_promises(tmp_path):
