@@ -117,7 +117,7 @@ class Maml:
         self._seeds = [v for v in network.non_trainable_variables if v.name == "seed_generator_state"]
         self.pretrain_block = self.tasks.compiled(self._pretrain_block)
         self.metatrain_block = self.tasks.compiled(self._metatrain_block)
-        self.evaluate = tf.function(self._evaluate, reduce_retracing=True)
+        self.evaluate = tf.function(self._evaluate, reduce_retracing=True, autograph=False)
 
     # --- The inner loop ---------------------------------------------------------------------------
 

@@ -41,8 +41,13 @@ class TaskMap:
         return cls(vectorize, vectorize if jit_compile is None else jit_compile, **rest)
 
     def compiled(self, block: Callable) -> Callable:
-        """A whole block of training as one graph. With several devices XLA compiles each one's part alone."""
-        return tf.function(block, jit_compile=self.jit_compile and self.strategy is None)
+        """A whole block of training as one graph. With several devices XLA compiles each one's part alone.
+
+        Its loops are TensorFlow's already; AutoGraph would rewrite every function on the way, Keras' too,
+        which takes longer than the trace.
+        """
+        jit_compile = self.jit_compile and self.strategy is None
+        return tf.function(block, jit_compile=jit_compile, autograph=False)
 
     def mean(self, one_task: Callable[[Episode], Results], episodes: Episode, like: Results) -> Results:
         """The means over a meta-batch of what `one_task` returns; `like`: its shapes, as `tf.TensorSpec`s.
@@ -52,7 +57,7 @@ class TaskMap:
         if self.strategy is None:
             return self._mean_on_this_device(one_task, episodes, like)
 
-        @tf.function(jit_compile=self.jit_compile)
+        @tf.function(jit_compile=self.jit_compile, autograph=False)
         def on_this_device(part: Episode) -> Results:
             return self._mean_on_this_device(one_task, part, like)
 

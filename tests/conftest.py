@@ -7,11 +7,28 @@ import pytest
 
 os.environ["MPLBACKEND"] = "Agg"
 
+# The files that take longest: begun last, one of them would keep a worker busy and the other idle.
+FIRST = ("test_devices", "test_interrupted", "test_cli", "test_meta_gradient", "test_sweep", "test_protocol",
+         "test_reproduce", "test_checkpoints", "test_speed", "test_parity")  # fmt: skip
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Takes files in the order below, where pytest-xdist would begin with those of most tests."""
+    config.option.loadscopereorder = False
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Puts the longest files first."""
+    items.sort(key=lambda item: FIRST.index(item.path.stem) if item.path.stem in FIRST else len(FIRST))
+
 
 @pytest.fixture(scope="session", autouse=True)
 def cache_dir(tmp_path_factory) -> pathlib.Path:
-    """An image cache of the tests' own, for the processes they start too."""
-    os.environ["MAML_CACHE_DIR"] = str(tmp_path_factory.mktemp("cache"))
+    """An image cache of the tests' own, for the processes they start too; the workers of one run share it."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    os.environ["MAML_CACHE_DIR"] = str(folder / "cache")
     return pathlib.Path(os.environ["MAML_CACHE_DIR"])
 
 

@@ -93,7 +93,9 @@ def compute(case: dict, arrays: dict, dtype: str) -> dict[str, np.ndarray]:
     joint = case["trained_on"].startswith("total_loss1")
     block_step = learner.pretrain_block if joint else learner.metatrain_block
     gradient_of = tf.function(
-        learner.joint_gradient if joint else learner.meta_gradient, jit_compile=learner.tasks.vectorize
+        learner.joint_gradient if joint else learner.meta_gradient,
+        jit_compile=learner.tasks.vectorize,
+        autograph=False,
     )
     first = tf.nest.map_structure(tf.constant, batches[0])
     found: dict[str, np.ndarray] = {}

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from maml import results
-from tests.test_cli import SINUSOID, TINY, maml
+from tests.test_cli import SINUSOID, TINY, assert_same_state, checkpoint, maml
 
 
 @pytest.fixture(scope="module")
@@ -16,6 +16,14 @@ def trained(tmp_path_factory):
     logdir = tmp_path_factory.mktemp("checkpoints")
     maml(logdir, "--metatrain_iterations=300", *TINY)
     return logdir
+
+
+@pytest.fixture(scope="module")
+def from_random(tmp_path_factory):
+    """The run folder of 200 iterations from weights that were asked to be random."""
+    logdir = tmp_path_factory.mktemp("random")
+    maml(logdir, "--init_from=random", "--metatrain_iterations=200", *TINY)
+    return logdir / f"{SINUSOID}.from-random"
 
 
 @pytest.fixture
@@ -69,12 +77,10 @@ def test_best_needs_validations(run):
     assert "both choose a checkpoint" in both.stderr
 
 
-def test_asking_for_fewer_iterations_than_there_are_gives_just_those(run, tmp_path_factory):
+def test_asking_for_fewer_iterations_than_there_are_gives_just_those(run, from_random):
     shorter = maml(run.parent, "--metatrain_iterations=200", *TINY)
     assert "testing iteration 200 on" in shorter.stdout
-    straight = tmp_path_factory.mktemp("straight")
-    maml(straight, "--metatrain_iterations=200", *TINY)
-    assert entries(run)[-1]["results"] == entries(straight / SINUSOID)[-1]["results"]
+    assert entries(run)[-1]["results"] == entries(from_random)[-1]["results"]
     assert "--metatrain_iterations=300" in (run / "flags").read_text()
     refused = maml(run.parent, "--metatrain_iterations=150", *TINY, expect=2)
     assert "no checkpoint of that one. Found 100, 200, 300" in refused.stderr
@@ -101,13 +107,13 @@ def test_weights_of_another_run(trained, tmp_path):
     assert entries(next(tmp_path.glob("*.from-*")))[-1]["results"] != entries(source)[0]["results"]
 
 
-def test_random_weights_can_be_tested(tmp_path):
+def test_random_weights_can_be_tested_and_are_those_that_every_run_begins_with(
+    trained, from_random, tmp_path
+):
     done = maml(tmp_path, "--init_from=random", "--metatrain_iterations=0", *TINY)
     assert "testing iteration 0 on" in done.stdout
-    maml(tmp_path, "--init_from=random", "--metatrain_iterations=100", *TINY)
-    maml(tmp_path, "--metatrain_iterations=100", *TINY)
-    from_random, plain = (entries(tmp_path / name) for name in (f"{SINUSOID}.from-random", SINUSOID))
-    assert from_random[-1]["results"] == plain[-1]["results"]
+    for iteration in (100, 200):
+        assert_same_state(checkpoint(from_random, iteration), checkpoint(trained / SINUSOID, iteration))
 
 
 def test_weights_that_do_not_fit_are_refused(trained, tmp_path):

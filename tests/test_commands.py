@@ -12,6 +12,7 @@ from PIL import Image
 from maml import figures, show_episodes
 from maml.datasets import ClassImages, ImageClasses
 from maml.episodes import EpisodeSpec
+from tests import forked
 from tests.test_cli import python
 
 
@@ -68,7 +69,7 @@ def test_prepare_then_show(photographs, tmp_path):
     ],
 )
 def test_mistakes_get_one_line_and_exit_code_2(module, arguments, message, tmp_path):
-    done = command(module, *arguments, cache=tmp_path, expect=2)
+    done = forked.run("-m", module, *arguments, expect=2, MAML_CACHE_DIR=str(tmp_path))
     assert len(done.stderr.strip().splitlines()) == 1
     assert message in done.stderr
 

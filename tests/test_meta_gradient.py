@@ -86,7 +86,7 @@ def shifted_query_loss(maml: Maml, tasks: Episode) -> Callable[[list[np.ndarray]
     each = [tf.nest.map_structure(lambda field, i=i: field[i], tasks) for i in range(TASKS)]
     fast = [maml.adapt(weights, task.support_x, task.support_y)[0] for task in each]
 
-    @tf.function
+    @tf.function(autograph=False)
     def loss(shift):
         moved = [[value + change for value, change in zip(task, shift, strict=True)] for task in fast]
         losses = [

@@ -12,6 +12,8 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
+from tests import forked
+
 FIXTURES = pathlib.Path(__file__).parent / "fixtures"
 ROOT = pathlib.Path(__file__).parent.parent
 CASES = sorted(path.stem for path in (FIXTURES / "float32").glob("*.json"))
@@ -118,13 +120,11 @@ def test_a_corrupted_reference_is_found_out_and_named(label, reports):
 
 
 def test_an_unknown_case_exits_2_and_says_which_there_are():
-    result = run_python("-m", "tests.parity", str(FIXTURES), "--case", "no_such_case")
-    assert result.returncode == 2
+    result = forked.run("-m", "tests.parity", str(FIXTURES), "--case", "no_such_case", expect=2)
     assert "no case no_such_case" in result.stderr
     assert all(name in result.stderr for name in CASES)
 
 
 def test_a_folder_without_cases_exits_2(tmp_path):
-    result = run_python("-m", "tests.parity", str(tmp_path))
-    assert result.returncode == 2
+    result = forked.run("-m", "tests.parity", str(tmp_path), expect=2)
     assert "no cases" in result.stderr

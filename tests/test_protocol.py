@@ -5,16 +5,21 @@ import json
 import pathlib
 import re
 import shutil
+import subprocess
 
 import pytest
 
 from maml import protocol
 from maml.settings import UserError
-from tests.test_cli import maml
-from tests.test_commands import command
+from tests import forked
+from tests.test_cli import maml, python
 
 SINUSOID = "cls_5.mbs_25.ubs_4.numstep1.updatelr0.001nonorm"
 OMNIGLOT = "cls_5.mbs_2.ubs_6.numstep1.updatelr0.4hidden8batchnorm"
+
+
+def shown(*arguments: str, expect: int = 0) -> subprocess.CompletedProcess:
+    return forked.run("-m", "maml.protocol", *arguments, expect=expect)
 
 
 def rows(run: pathlib.Path, split: str) -> list[dict[str, str]]:
@@ -37,14 +42,14 @@ def assert_tabled(stdout: str, rows: list[dict[str, str]], scale: float, digits:
     """The table shows the CSV's figures, after as many steps as it names."""
     lines = stdout.splitlines()
     start = next(i for i, line in enumerate(lines) if line.startswith("checkpoint"))
-    shown = [re.findall(r"(\S+) ± (\S+)", line) for line in lines[start + 1 : -1]]
+    cells = [re.findall(r"(\S+) ± (\S+)", line) for line in lines[start + 1 : -1]]
     steps = {rows[0]["train_inner_steps"], rows[0]["inner_steps"]}
     expected = [
         tuple(f"{scale * float(row[name]):.{digits}f}" for name in ("mean", "ci95"))
         for row in rows
         if row["step"] in steps
     ]
-    assert [cell for cells in shown for cell in cells] == expected
+    assert [cell for line in cells for cell in line] == expected
 
 
 def best_is(run: pathlib.Path, iteration: int, tag: str, value: float) -> None:
@@ -69,9 +74,9 @@ def sinusoid(tmp_path_factory) -> pathlib.Path:
     return moved / SINUSOID
 
 
-def test_the_sinusoid_has_the_figures_of_main(sinusoid, cache_dir):
+def test_the_sinusoid_has_the_figures_of_main(sinusoid):
     best_is(sinusoid, 200, "loss/query_after_1_steps", 0.0)
-    done = command("maml.protocol", str(sinusoid), "--num_test_tasks=620", cache=cache_dir)
+    done = python("-m", "maml.protocol", str(sinusoid), "--num_test_tasks=620")
     assert done.stderr == ""
     head = f"{sinusoid}: sinusoid 4-shot, 620 meta-validation tasks, seed 0, second order, α 0.001"
     assert head in done.stdout.splitlines()
@@ -86,16 +91,16 @@ def test_the_sinusoid_has_the_figures_of_main(sinusoid, cache_dir):
     assert_measured(sinusoid, [row | {"checkpoint": "newest"} for row in measured])
 
 
-def test_without_validation_only_the_newest_is_shown_aloud(sinusoid, tmp_path, cache_dir):
+def test_without_validation_only_the_newest_is_shown_aloud(sinusoid, tmp_path):
     run = tmp_path / SINUSOID
     shutil.copytree(sinusoid, run)
     (run / "validation.csv").unlink()
-    done = command("maml.protocol", str(run), "--num_test_tasks=2", cache=cache_dir)
+    done = shown(str(run), "--num_test_tasks=2")
     assert "only the newest checkpoint" in done.stdout and "validation.csv" in done.stdout
     assert {row["checkpoint"] for row in rows(run, "val")} == {"newest"}
 
 
-def test_omniglot_has_the_figures_of_main(data_dir, tmp_path, cache_dir):
+def test_omniglot_has_the_figures_of_main(data_dir, tmp_path):
     flags = (
         "--datasource=omniglot", f"--data_dir={data_dir}", "--update_batch_size=6", "--num_filters=8",
         "--meta_batch_size=2", "--metatrain_iterations=20", "--save_interval=10", "--test_num_updates=2",
@@ -104,7 +109,7 @@ def test_omniglot_has_the_figures_of_main(data_dir, tmp_path, cache_dir):
     run = tmp_path / OMNIGLOT
     best_is(run, 10, "accuracy/query_after_1_steps", 2.0)
     tested = ("--num_test_tasks=22", "--test_set")  # two chunks of unequal size
-    done = command("maml.protocol", f"{run}/", *tested, cache=cache_dir)
+    done = shown(f"{run}/", *tested)
     assert done.stderr == ""
     assert "left out 15 queries per class: Omniglot:" in done.stdout
     assert "omniglot 5-way 6-shot, 22 meta-test tasks" in done.stdout
@@ -154,7 +159,7 @@ def test_a_link_stands_for_its_run(sinusoid, tmp_path):
         (("/nowhere", "--notransductive"), "--transductive: found it given"),
     ],
 )
-def test_mistakes_get_one_line_and_exit_code_2(arguments, message, cache_dir):
-    done = command("maml.protocol", *arguments, cache=cache_dir, expect=2)
+def test_mistakes_get_one_line_and_exit_code_2(arguments, message):
+    done = shown(*arguments, expect=2)
     assert len(done.stderr.strip().splitlines()) == 1
     assert message in done.stderr

@@ -10,7 +10,8 @@ import pytest
 from maml import launch, report, reproduce
 from maml.cells import CELLS, Figure
 from maml.settings import UserError, parse
-from tests.test_cli import ROOT, python
+from tests import forked
+from tests.test_cli import ROOT
 
 SINUSOID = {"datasource": "sinusoid", "norm": "None", "meta_batch_size": 25}
 FINE_TUNING = {5: 0.01, 10: 0.02, 20: 0.02}  # the step sizes in the paper's figures of the baseline
@@ -56,7 +57,7 @@ def test_flagfiles_hold_the_papers_settings_and_name_its_place(cell):
 
 def run(logdir, *arguments, expect=0):
     folders = f"--logdir={logdir}", f"--results_dir={logdir}/results"
-    return python("-m", "maml.reproduce", *folders, *arguments, expect=expect, timeout=600)
+    return forked.run("-m", "maml.reproduce", *folders, *arguments, expect=expect, timeout=600)
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import subprocess
 
 import keras
 import numpy as np
@@ -16,6 +15,7 @@ from benchmarks.speed_worker import agreement, input_shape, matmul_flops, random
 from maml import build
 from maml.networks import conv4
 from maml.settings import Settings
+from tests import forked
 from tests.test_cli import python
 
 # name: (settings of a small task of the kind, TASKS of them)
@@ -97,7 +97,8 @@ def test_flops_are_those_of_the_products_that_tensorflow_does(order):
     settings = small("mlp_sinusoid", order, tasks=2)
     network = network_of(settings)
     loop = PlainLoop(settings, network)
-    traced = tf.function(loop.meta_gradient).get_concrete_function(first_meta_batch(settings))
+    gradient = tf.function(loop.meta_gradient, autograph=False)
+    traced = gradient.get_concrete_function(first_meta_batch(settings))
     products = [operation for operation in traced.graph.get_operations() if operation.type == "MatMul"]
     done = 0
     for product in products:
@@ -179,13 +180,10 @@ def test_a_graph_that_grows_is_seen():
 # --- The command --------------------------------------------------------------------------------------
 
 
-def run(*arguments: str, expect: int = 0) -> subprocess.CompletedProcess:
-    return python("-m", "benchmarks.speed", *arguments, expect=expect, timeout=600)
-
-
 def test_the_command_measures_and_writes_what_it_promises(tmp_path):
     path = tmp_path / "speed.json"
-    done = run("--workload=sinusoid", "--order=2", "--rounds=2", "--seconds=0.1", f"--json={path}")
+    arguments = ("--workload=sinusoid", "--order=2", "--rounds=2", "--seconds=0.1", f"--json={path}")
+    done = python("-m", "benchmarks.speed", *arguments, timeout=600)
     header, ours, loop, products = done.stdout.splitlines()[1:]
     assert header.split()[:3] == ["workload", "order", "learner"]
     assert products.startswith("matrix products: ")
@@ -230,7 +228,7 @@ def test_the_command_measures_and_writes_what_it_promises(tmp_path):
     ],
 )
 def test_mistakes_get_one_line_and_exit_code_2(argument, message):
-    done = run(argument, expect=2)
+    done = forked.run("-m", "benchmarks.speed", argument, expect=2)
     assert len(done.stderr.strip().splitlines()) == 1 and message in done.stderr
     assert done.stdout == ""
 

@@ -16,6 +16,7 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from maml import sweep
 from maml.settings import UserError
+from tests import forked
 from tests.test_cli import ROOT, python
 
 TINY = ("--metatrain_iterations=200", "--save_interval=100", "--num_test_tasks=10", "--test_num_updates=3")
@@ -28,7 +29,7 @@ def environment() -> dict[str, str]:
 
 
 def sweeping(*flags: str, expect: int = 0) -> subprocess.CompletedProcess:
-    return python("-m", "maml.sweep", *flags, expect=expect)
+    return forked.run("-m", "maml.sweep", *flags, expect=expect)
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +39,7 @@ def swept(tmp_path_factory):
     flagfile = folder / "shots.flags"
     flagfile.write_text("\n".join(["# Does K matter?", GRID, "--name=shots.2", *TINY]))
     flags = (f"--flagfile={flagfile}", f"--logdir={folder / 'logs'}", f"--out={folder / 'out' / 'shots.2'}")
-    return folder, flags, sweeping(*flags)
+    return folder, flags, python("-m", "maml.sweep", *flags)
 
 
 def results_of(folder: pathlib.Path, shot: int) -> dict:

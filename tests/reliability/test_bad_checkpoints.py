@@ -10,7 +10,8 @@ import tensorflow as tf
 from maml import build
 from maml.run import Run
 from maml.settings import UserError, parse
-from tests.test_cli import ROOT, python
+from tests import forked
+from tests.test_cli import ROOT
 
 SHAPES = {"sinusoid": (1,), "omniglot": (28, 28, 1)}
 
@@ -168,7 +169,7 @@ def test_the_program_refuses_a_bad_checkpoint_in_one_line(folder, tmp_path):
     cut(DATA, 100)(folder)
     before = snapshot(tmp_path)
     flags = (f"--logdir={tmp_path / 'other'}", f"--init_from={folder}")
-    done = python(str(ROOT / "main.py"), *flags, expect=2)
+    done = forked.run("main.py", *flags, expect=2)
     assert_one_line(done.stderr.strip())
     assert "error: " in done.stderr and "model-2" in done.stderr
     assert snapshot(tmp_path) == before

@@ -14,8 +14,8 @@ from PIL import Image
 from maml import build
 from maml.episodes import SPLITS
 from maml.settings import UserError, parse
+from tests import forked
 from tests.reliability.test_bad_flags import assert_whole
-from tests.test_cli import ROOT, python
 from tests.test_sources import NOISE, encoded, photograph, truncated, written
 
 RED = photograph("red", "png", size=(20, 20))
@@ -244,6 +244,6 @@ def test_the_program_refuses_bad_data_in_one_line(case, tmp_path):
         "--update_batch_size=1",
         *flags,
     )
-    done = python(str(ROOT / "main.py"), *arguments, expect=2)
+    done = forked.run("main.py", *arguments, expect=2)
     assert_whole(done.stderr.strip(), "^error: ", found)
     assert sorted(tmp_path.rglob("*")) == before

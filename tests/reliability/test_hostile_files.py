@@ -14,7 +14,7 @@ import pytest
 
 from maml import datasets, file_tree, miniimagenet, sources
 from maml.settings import UserError
-from tests.test_cli import python
+from tests import forked
 from tests.test_miniimagenet import add
 from tests.test_sources import good, load, written
 
@@ -161,7 +161,7 @@ def test_names_that_are_not_text_are_names(tmp_path):
 
 def test_a_name_cannot_write_a_second_line(tmp_path):
     written(tmp_path / "set", good() | {"val/val0/1\nerror: none\x1b[2J.jpg": b"x"})
-    done = python("-m", "maml.prepare", "folder", f"--data_dir={tmp_path / 'set'}", expect=2)
+    done = forked.run("-m", "maml.prepare", "folder", f"--data_dir={tmp_path / 'set'}", expect=2)
     assert "val0/1?error: none?[2J.jpg" in done.stderr and done.stderr.strip().isprintable()
 
 

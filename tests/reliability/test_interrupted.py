@@ -4,8 +4,6 @@ import json
 import pathlib
 import random
 import signal
-import subprocess
-import sys
 import time
 
 import filelock
@@ -13,20 +11,15 @@ import pytest
 import tensorflow as tf
 
 from maml.results import saved_iterations
-from tests.test_cli import ROOT, SINUSOID, assert_same_state, checkpoint, maml
+from tests import forked
+from tests.forked import Program
+from tests.test_cli import SINUSOID, assert_same_state, checkpoint, python
 
-ITERATIONS = 4000
+ITERATIONS, MORE = 2000, 4000
 FLAGS = ("--update_batch_size=5", "--num_test_tasks=4", "--save_interval=50", "--test_num_updates=3")
 
 
-def started(logdir: pathlib.Path, *flags: str, program: tuple[str, ...] = ("main.py",)) -> subprocess.Popen:
-    """A program on its way."""
-    command = [sys.executable, *program, f"--logdir={logdir}", *flags]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, cwd=ROOT, **pipes)
-
-
-def wait_for(happened, process: subprocess.Popen, seconds: float = 120) -> None:
+def wait_for(happened, process: Program, seconds: float = 120) -> None:
     """Returns once `happened()`, at most a millisecond late; fails if the process ends before."""
     end = time.monotonic() + seconds
     while not happened():
@@ -35,7 +28,7 @@ def wait_for(happened, process: subprocess.Popen, seconds: float = 120) -> None:
         time.sleep(0.001)
 
 
-def goes_on(run: pathlib.Path, process: subprocess.Popen) -> None:
+def goes_on(run: pathlib.Path, process: Program) -> None:
     """Waits until the process has written a checkpoint that was not there."""
     before = saved_iterations(run)
     wait_for(lambda: saved_iterations(run) != before, process)
@@ -48,7 +41,7 @@ def writes_a_checkpoint(run: pathlib.Path) -> bool:
     return any(name.split(".")[0] not in whole for name in there)
 
 
-def stopped_by(number: int, process: subprocess.Popen) -> tuple[int, str]:
+def stopped_by(number: int, process: Program) -> tuple[int, str]:
     """The exit code after a signal, and what was said."""
     process.send_signal(number)
     _, said = process.communicate(timeout=60)
@@ -68,11 +61,9 @@ def curves(folder: pathlib.Path) -> dict[str, list]:
     return found
 
 
-@pytest.fixture(scope="module")
-def straight(tmp_path_factory):
-    """The run folder of a training that nothing disturbed."""
-    logdir = tmp_path_factory.mktemp("straight")
-    maml(logdir, f"--metatrain_iterations={ITERATIONS}", *FLAGS)
+def undisturbed(logdir: pathlib.Path, iterations: int) -> pathlib.Path:
+    """The run folder of a training that nothing disturbs, in a fresh interpreter."""
+    python("main.py", f"--logdir={logdir}", f"--metatrain_iterations={iterations}", *FLAGS)
     return logdir / SINUSOID
 
 
@@ -80,7 +71,8 @@ def assert_same_run(
     run: pathlib.Path, straight: pathlib.Path, interrupted_at: set[int] = frozenset()
 ) -> None:
     """In weights, optimizers, validations, curves and results, but for the places where it was stopped."""
-    assert_same_state(checkpoint(run, ITERATIONS), checkpoint(straight, ITERATIONS))
+    last = saved_iterations(straight)[-1]
+    assert_same_state(checkpoint(run, last), checkpoint(straight, last))
     assert (run / "validation.csv").read_text() == (straight / "validation.csv").read_text()
     results = [json.loads((folder / "results.json").read_text())[-1]["results"] for folder in (run, straight)]
     assert results[0] == results[1]
@@ -96,13 +88,13 @@ def assert_same_run(
         assert set(steps) - interrupted_at == {step for step, _ in needed[tag]}
 
 
-def test_ctrl_c_sigterm_and_sigkill_cost_nothing(straight, tmp_path):
+def test_ctrl_c_sigterm_and_sigkill_cost_nothing(tmp_path):
     """The kill is aimed into the writing of a checkpoint."""
     run = tmp_path / SINUSOID
-    flags = (f"--metatrain_iterations={ITERATIONS}", *FLAGS)
+    command = ("main.py", f"--logdir={tmp_path}", f"--metatrain_iterations={ITERATIONS}", *FLAGS)
     interrupted_at = set()
     for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
-        process = started(tmp_path, *flags)
+        process = Program(*command)
         goes_on(run, process)
         found, said = stopped_by(number, process)
         assert found == code, said
@@ -110,18 +102,19 @@ def test_ctrl_c_sigterm_and_sigkill_cost_nothing(straight, tmp_path):
         interrupted_at.add(last)
         assert f"stopped at iteration {last} of {ITERATIONS}, which is saved in {run}" in said
         assert "the same command goes on from there" in said and "Traceback" not in said
-    process = started(tmp_path, *flags)
+    process = Program(*command)
     goes_on(run, process)
     wait_for(lambda: writes_a_checkpoint(run), process)
     assert stopped_by(signal.SIGKILL, process)[0] == -signal.SIGKILL
-    done = maml(tmp_path, *flags)
+    done = forked.run(*command)
     assert "resumed from iteration" in done.stdout
+    straight = undisturbed(tmp_path / "straight", ITERATIONS)
     assert_same_run(run, straight, interrupted_at - set(range(0, ITERATIONS, 50)))
 
 
 def test_sigterm_to_a_reproduction_stops_the_run_under_it(tmp_path):
-    program = ("-m", "maml.reproduce", "sinusoid_5shot", f"--results_dir={tmp_path / 'results'}")
-    process = started(tmp_path, "--save_interval=50", program=program)
+    folders = f"--logdir={tmp_path}", f"--results_dir={tmp_path / 'results'}"
+    process = Program("-m", "maml.reproduce", "sinusoid_5shot", "--save_interval=50", *folders)
     wait_for(lambda: any(tmp_path.glob(f"{SINUSOID}*/checkpoints/*.index")), process)
     code, said = stopped_by(signal.SIGTERM, process)
     assert code == 143 and "stopped at iteration" in said
@@ -130,19 +123,19 @@ def test_sigterm_to_a_reproduction_stops_the_run_under_it(tmp_path):
 
 
 @pytest.mark.long
-def test_killed_at_25_moments(straight, tmp_path):
+def test_killed_at_25_moments(tmp_path):
     """Every third time while a checkpoint is half-written, else whenever it may be."""
     run = tmp_path / SINUSOID
-    flags = (f"--metatrain_iterations={ITERATIONS}", *FLAGS)
+    command = ("main.py", f"--logdir={tmp_path}", f"--metatrain_iterations={MORE}", *FLAGS)
     moments = random.Random(6)
     kills = halves = 0
     while kills < 25:
-        process = started(tmp_path, *flags)
+        process = Program(*command)
         if kills % 3 == 0 and kills:
             goes_on(run, process)
             wait_for(lambda: writes_a_checkpoint(run), process)
         elif kills % 3 == 1:
-            time.sleep(moments.uniform(0, 8))  # before the first iteration too
+            time.sleep(moments.uniform(0, 4))  # before the first iteration too
         else:
             goes_on(run, process)
             time.sleep(moments.uniform(0, 0.3))
@@ -150,9 +143,9 @@ def test_killed_at_25_moments(straight, tmp_path):
         process.communicate()
         halves += writes_a_checkpoint(run)
         kills += 1
-        if saved_iterations(run)[-1:] == [ITERATIONS]:
+        if saved_iterations(run)[-1:] == [MORE]:
             break
     print(f"{kills} kills, {halves} left a half-written checkpoint")
     assert kills >= 20 and halves >= 2
-    maml(tmp_path, *flags)
-    assert_same_run(run, straight)
+    forked.run(*command)
+    assert_same_run(run, undisturbed(tmp_path / "straight", MORE))

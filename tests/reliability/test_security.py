@@ -22,7 +22,8 @@ from PIL import Image
 
 from maml import miniimagenet, safe_pickle, sources
 from maml.settings import UserError
-from tests.test_cli import ROOT, SINUSOID, TINY, python
+from tests import forked
+from tests.test_cli import ROOT, SINUSOID, TINY
 from tests.test_miniimagenet import Calls, add
 from tests.test_sources import good, load, photograph, written
 
@@ -315,7 +316,7 @@ def test_the_search_of_the_cache_finds(tmp_path, cache):
 def test_nothing_leaves_an_archive_on_its_way_through_prepare(tmp_path, outside):
     path = tarred(tmp_path / "in" / "set.tar", ("../../escaped.png", SECRET, {}))
     before = everything(tmp_path)
-    done = python("-m", "maml.prepare", "folder", f"--data_dir={path}", expect=2)
+    done = forked.run("-m", "maml.prepare", "folder", f"--data_dir={path}", expect=2)
     assert "leads out of the archive" in done.stderr and everything(tmp_path) == before
 
 
@@ -384,8 +385,8 @@ def test_names_of_files_cannot_paint_on_the_terminal(tmp_path, capsys):
 
 def test_nothing_of_the_environment_is_written(tmp_path):
     secret = "s3cr3t-9f1c77aa"
-    done = python(str(ROOT / "main.py"), f"--logdir={tmp_path}", "--metatrain_iterations=100", *TINY,
-                  AWS_SECRET_ACCESS_KEY=secret, WANDB_API_KEY=secret)  # fmt: skip
+    done = forked.run("main.py", f"--logdir={tmp_path}", "--metatrain_iterations=100", *TINY,
+                      AWS_SECRET_ACCESS_KEY=secret, WANDB_API_KEY=secret)  # fmt: skip
     assert secret not in done.stdout + done.stderr
     files = [path for path in (tmp_path / SINUSOID).rglob("*") if path.is_file()]
     assert {"flags", "results.json", "validation.csv"} < {path.name for path in files} and len(files) > 8
