@@ -251,9 +251,6 @@ class Settings:
         return pathlib.Path(self.logdir) / self.run_name
 
 
-SPLITS = ("train", "val", "test")  # of the classes, for what the paper calls meta-training, …
-
-
 def default_img_size(datasource: str) -> int | None:
     """The side of the paper's images in pixels; None where there are none."""
     return {"sinusoid": None, "omniglot": 28}.get(datasource, 84)
