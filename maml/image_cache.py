@@ -25,7 +25,7 @@ import filelock
 import numpy as np
 from tqdm import tqdm
 
-from maml.settings import UserError
+from maml.errors import UserError
 
 VERSION = 1  # part of the key: raise it when the layout or any decoder changes
 SPLITS = ("train", "val", "test")  # of the classes, where they are split already
