@@ -12,7 +12,6 @@ import os
 from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
-SPLITS = ("train", "val", "test")  # of the classes, for what the paper calls meta-training, …
 
 # TensorFlow's C++ start-up messages (no GPU, oneDNN, …) are read from these variables at import.
 # Set TF_CPP_MIN_LOG_LEVEL=0 to see them again, for instance when a GPU is not found.

@@ -12,7 +12,7 @@ from typing import NamedTuple, Protocol
 
 import tensorflow as tf
 
-from maml import SPLITS as SPLITS
+from maml.image_cache import SPLITS as SPLITS
 
 
 class Episode(NamedTuple):

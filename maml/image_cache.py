@@ -28,6 +28,7 @@ from tqdm import tqdm
 from maml.errors import UserError
 
 VERSION = 1  # part of the key: raise it when the layout or any decoder changes
+SPLITS = ("train", "val", "test")  # of the classes, where they are split already
 CHECKED_BYTES = 1 << 26  # pixel files up to this size are read and checked at every start
 SHOWN = 5  # bad or doubled images named in a message
 PROBLEM = 200  # characters of what is wrong with one: a decoder may quote the file

@@ -9,9 +9,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from maml.errors import UserError
 from maml.file_tree import ARCHIVES, FileTree, open_tree
 from maml.image_cache import Decode, ImageFile, read_and_decode, report_bad_images
-from maml.settings import UserError
 from maml.sources import no_image, open_image, photo_classes, without_wrapper
 
 

@@ -6,8 +6,8 @@ from typing import NamedTuple
 import numpy as np
 
 from maml import results
+from maml.errors import Failure, UserError
 from maml.own_photographs import Photographs
-from maml.settings import Failure, UserError
 
 CSV, SHEET, STEPS = "predictions.csv", "predictions.png", "steps.png"
 FIRST_COLUMNS = "image,prediction,confidence"  # of the CSV

@@ -17,10 +17,9 @@ from collections.abc import Callable, Iterator, Mapping
 import numpy as np
 from PIL import Image, ImageOps
 
-from maml import SPLITS
 from maml.errors import UserError
 from maml.file_tree import ARCHIVES, FileTree, fingerprint, open_tree
-from maml.image_cache import ImageFile, ImageSource
+from maml.image_cache import SPLITS, ImageFile, ImageSource
 
 OMNIGLOT_PARTS = {"images_background": 964, "images_evaluation": 659}  # characters
 OMNIGLOT_CHARACTERS = sum(OMNIGLOT_PARTS.values())

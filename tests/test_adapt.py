@@ -79,14 +79,13 @@ def random_photographs(labels: list[int], seed: int, channels: int = 3) -> Photo
 # --- The predictions ----------------------------------------------------------------------------------
 
 
-def test_published_weights_predict_as_the_learner_on_the_same_episode(photographs, published, monkeypatch):
+def test_published_weights_predict_as_the_learner_on_the_same_episode(photographs, published):
     settings = adapt.network_settings(None, str(published), ["--test_num_updates=3"])
     shape = adapt.input_shape(settings)
     read = Reader(functools.partial(sources.decode_photograph, side=84), shape)
     classes, support = read.support(photographs / "support", 5)
     query = read.query(photographs / "query", classes)
     network, _ = adapt.load(settings, from_run=False)
-    monkeypatch.setattr(adapt, "AT_ONCE", 4)  # three parts of the ten, the last of which is filled up
     found = adapt.adapt(network, settings, support, query, way=5)
 
     def drawn(part: str) -> tuple[tf.Tensor, tf.Tensor]:
@@ -153,7 +152,7 @@ def test_adaptation_that_diverges_is_said():
         adapt.adapt(network, settings, images, images, way=2)
 
 
-def test_a_run_of_omniglot_takes_colour_photographs(tmp_path):
+def test_a_run_of_omniglot_takes_colour_photographs(tmp_path, monkeypatch):
     flags = ("--datasource=omniglot", "--num_classes=3", "--noconv", f"--logdir={tmp_path}")
     settings = parse([*flags, "--train=False"])
     learner = build.build_learner(settings, build.build_network(settings, (28, 28, 1)))
@@ -172,8 +171,12 @@ def test_a_run_of_omniglot_takes_colour_photographs(tmp_path):
     folder = written(tmp_path / "drawings", {"a/1.png": 0, "a/2.png": 90, "b/1.png": 255})
     classes, support = Reader(decode, adapt.input_shape(settings)).support(folder, 3)
     assert [support.pixels[i].mean() for i in range(3)] == [1, 1, 0]  # dark is ink
-    found = adapt.adapt(network, settings, support, support, way=len(classes))
-    assert found.probabilities.shape == (3, 3, 2)
+    query = support._replace(pixels=support.pixels[[0, 2, 1]])
+    monkeypatch.setattr(adapt, "AT_ONCE", 2)  # two parts, the last of which is filled up
+    found = adapt.adapt(network, settings, support, query, way=len(classes)).probabilities
+    assert found.shape == (3, 3, 2)
+    np.testing.assert_allclose(found[:, 0], found[:, 2], rtol=1e-5)
+    assert (found[1:, 0] != found[1:, 1]).all()
     remarks = adapt.remarks(settings, 2, support, support, transductive=False)
     assert any("read as Omniglot's drawings: 28×28 pixels" in line for line in remarks)
     assert any("2 classes for 3 outputs" in line for line in remarks)
