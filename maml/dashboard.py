@@ -241,7 +241,8 @@ def _flags_of(settings: Settings) -> dict[str, bool | int | float | str]:
 
 def _card(about: Mapping) -> str:
     """An entry of `results.json`, or as much of it as is known before, in Markdown."""
-    lines = ["### Command", "", f"`{about['command']}`", ""]
+    versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
+    lines = ["### Command", "", f"`{about['command']}`", "", f"on {about['hardware']}; {versions}", ""]
     if "results" in about:
         lines += ["### Result", "", *_results_table(about), ""]
     pairs = [(name, str(value)) for name, value in about["protocol"].items() if value is not None]
@@ -249,8 +250,7 @@ def _card(about: Mapping) -> str:
     lines += ["### Protocol", "", "| setting | value " * PAIRS + "|", "|---|---" * PAIRS + "|"]
     for i in range(0, len(pairs), PAIRS):
         lines.append("".join(f"| {name} | {value} " for name, value in pairs[i : i + PAIRS]) + "|")
-    versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
-    return "\n".join([*lines, "", "### Machine", "", f"{about['hardware']}; {versions}"])
+    return "\n".join(lines)
 
 
 def _results_table(entry: Mapping) -> list[str]:
@@ -260,7 +260,5 @@ def _results_table(entry: Mapping) -> list[str]:
         f"{scale * mean:.{digits}f} ± {scale * ci95:.{digits}f}"
         for mean, ci95 in zip(query["mean"], query["ci95"], strict=True)
     ]
-    steps, rule = (
-        "|".join(f" {cell} " for cell in cells) for cells in (range(len(shown)), ["---"] * len(shown))
-    )
-    return [f"| inner steps |{steps}|", f"|---|{rule}|", f"| {name} |{'|'.join(shown)}|"]
+    steps = "|".join(map(str, range(len(shown))))
+    return [f"| inner steps |{steps}|", "|---" * (len(shown) + 1) + "|", f"| {name} |{'|'.join(shown)}|"]
