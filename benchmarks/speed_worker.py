@@ -30,13 +30,6 @@ MATMUL_SIZE = 2048
 AGREEMENT_TASKS = 2
 
 
-def input_shape(settings: Settings) -> tuple[int, ...]:
-    """The shape of one example: (1,), or (H, W, C) of an image."""
-    if not settings.classification:
-        return (1,)
-    return (settings.img_size, settings.img_size, 1 if settings.datasource == "omniglot" else 3)
-
-
 def random_episodes(settings: Settings, meta_batches: int) -> Episode:
     """Sinusoids, or images of random pixels in uint8 (Omniglot: 0 and 1); the same for the same seed.
 
@@ -52,7 +45,7 @@ def random_episodes(settings: Settings, meta_batches: int) -> Episode:
     def draw(each: int) -> tuple[tf.Tensor, tf.Tensor]:
         n = settings.num_classes * each
         values = 2 if settings.datasource == "omniglot" else 256
-        images = random.integers(0, values, (*leading, n, *input_shape(settings)), dtype=np.uint8)
+        images = random.integers(0, values, (*leading, n, *settings.input_shape), dtype=np.uint8)
         labels = np.broadcast_to(np.arange(n, dtype=np.int32) % settings.num_classes, (*leading, n))
         return tf.constant(images), tf.constant(labels)
 
@@ -220,7 +213,7 @@ def serve(connection: Connection, kind: str, settings: Settings) -> None:
 def _begin(settings: Settings, dtype: str = "float32") -> tuple[keras.Model, Episode]:
     """The same weights and episodes in every process."""
     keras.utils.set_random_seed(settings.seed)
-    network = build.build_network(settings, input_shape(settings), dtype)
+    network = build.build_network(settings, settings.input_shape, dtype)
     return network, random_episodes(settings, IMAGE_META_BATCHES if settings.classification else LOG_INTERVAL)
 
 

@@ -16,15 +16,13 @@ from absl import flags
 from maml import command, flag_parsing, launch, predictions, protocol, results, sources
 from maml.own_photographs import Photographs, Reader
 from maml.predictions import Predictions
-from maml.settings import FLAGS, RANDOM, Failure, Settings, UserError, parse
+from maml.settings import FLAGS, PUBLISHED, RANDOM, Failure, Settings, UserError, parse
 
 if TYPE_CHECKING:
     import keras
 
     from maml.learner import LossFunction
 
-# A checkpoint does not say how it was trained; that which the paper's authors published was so.
-PUBLISHED = ("--datasource=miniimagenet", "--num_classes=5", "--update_batch_size=1")
 # Of this command alone, even where the run was trained with others.
 NOT_THE_RUNS = ("init_from", "skip_bad_images", "transductive", "update_lr")
 AT_ONCE = 100  # query images, where a prediction does not depend on the others
@@ -60,35 +58,6 @@ def network_settings(run: str | None, init_from: str | None, given: list[str]) -
     if not results.saved_iterations(settings.run_dir):
         raise UserError(f"--run={run}: found no checkpoint in it, needed one. Train it, or give another.")
     return settings
-
-
-def load(settings: Settings, *, from_run: bool) -> tuple["keras.Model", str]:
-    """The network of the settings with its learned weights, and in words where these are from.
-
-    Args:
-        settings: as of `network_settings`.
-        from_run: take the checkpoint of the run folder that the settings choose; else `init_from`'s.
-
-    Raises:
-        UserError: if there are no such weights, or they are those of another network.
-    """
-    from maml import build
-    from maml.run import Run
-
-    network = build.build_network(settings, input_shape(settings))
-    folder = Run(settings, build.build_learner(settings, network))
-    if from_run:
-        folder.restore()
-        return network, f"{folder.dir}, iteration {int(folder.iteration)}"
-    if settings.init_from == RANDOM:
-        return network, "untrained weights"
-    folder.begin_from(network)
-    return network, str(settings.init_from)
-
-
-def input_shape(settings: Settings) -> tuple[int, int, int]:
-    """The (H, W, C) of an image."""
-    return (settings.img_size, settings.img_size, 1 if settings.datasource == "omniglot" else 3)
 
 
 def first_outputs(network: "keras.Model", settings: Settings, way: int) -> "keras.Model":
@@ -235,7 +204,7 @@ def _work(_: list[str]) -> None:
     transductive = FLAGS["transductive"].present and FLAGS.transductive and settings.norm == "batch_norm"
     folders = pathlib.Path(FLAGS.support), pathlib.Path(FLAGS.query)
     out = predictions.out_folder(FLAGS.out, *folders)
-    reader = Reader(_decoder(settings), input_shape(settings), FLAGS.skip_bad_images)
+    reader = Reader(_decoder(settings), settings.input_shape, FLAGS.skip_bad_images)
     classes, support = reader.support(folders[0], settings.num_classes)
     query = reader.query(folders[1], classes)
 
@@ -243,7 +212,12 @@ def _work(_: list[str]) -> None:
         from maml import devices
     # One task at a time, so that all cores work on it.
     device = devices.use(dataclasses.replace(settings, tasks_per_chunk=1)).description
-    network, weights = load(settings, from_run=from_run)
+    from maml.trained import trained_network
+
+    network, iteration = trained_network(settings, from_run=from_run)
+    weights = "untrained weights" if settings.init_from == RANDOM else settings.init_from
+    if from_run:
+        weights = f"{settings.run_dir}, iteration {iteration}"
     print(
         f"maml adapt: {len(classes)} classes, {len(support.names)} support and {len(query.names)} query "
         f"photographs, on {device}\nnetwork: {weights}; α {settings.update_lr:g}, "

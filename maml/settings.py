@@ -18,6 +18,8 @@ from maml.errors import UserError as UserError
 FLAGS = flags.FLAGS
 
 RANDOM = "random"
+# A checkpoint does not say how it was trained; that which the paper's authors published was so.
+PUBLISHED = ("--datasource=miniimagenet", "--num_classes=5", "--update_batch_size=1", "--num_query=15")
 
 flag_table.define(FLAGS)
 
@@ -76,6 +78,13 @@ class Settings:
     def classification(self) -> bool:
         """Whether the tasks are N-way classification (else regression)."""
         return self.datasource != "sinusoid"
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """Of one example: (1,), of the oracle (3,), of an image (H, W, C)."""
+        if not self.classification:
+            return (3,) if self.baseline == "oracle" else (1,)
+        return (self.img_size, self.img_size, 1 if self.datasource == "omniglot" else 3)
 
     @property
     def iterations(self) -> int:

@@ -2,14 +2,15 @@
 
 import os
 import pathlib
+from typing import TYPE_CHECKING
 
 import keras
 import tensorflow as tf
 
 from maml.library import Learner
 
-# A checkpoint does not say how it was trained; that which the paper's authors published was so.
-PUBLISHED = ("--datasource=miniimagenet", "--num_classes=5", "--update_batch_size=1", "--num_query=15")
+if TYPE_CHECKING:
+    from maml.settings import Settings
 
 
 def load_run(path: str | os.PathLike, *, checkpoint: str = "newest") -> Learner:
@@ -29,18 +30,13 @@ def load_run(path: str | os.PathLike, *, checkpoint: str = "newest") -> Learner:
         UserError: if there is no such run or checkpoint.
     """
     from maml import build, protocol, settings  # which define flags
-    from maml.run import Run
 
     path = pathlib.Path(path)
     if path.is_dir():
         found = protocol.test_settings(path, [f"--checkpoint={checkpoint}"])
     else:
-        found = settings.parse([*PUBLISHED, f"--init_from={path}", "--train=False"])
-    side, channels = found.img_size, 1 if found.datasource == "omniglot" else 3
-    shape = (side, side, channels) if side else (3,) if found.baseline == "oracle" else (1,)
-    network = build.build_network(found, shape)
-    run = Run(found, build.build_learner(found, network))
-    run.restore() if path.is_dir() else run.begin_from(network)
+        found = settings.parse([*settings.PUBLISHED, f"--init_from={path}", "--train=False"])
+    network, iteration = trained_network(found, from_run=path.is_dir())
 
     def n_times_the_mean(labels: tf.Tensor, logits: tf.Tensor) -> tf.Tensor:
         losses = tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits)
@@ -49,7 +45,7 @@ def load_run(path: str | os.PathLike, *, checkpoint: str = "newest") -> Learner:
     source = build.DATASOURCES[found.datasource]
     if source.scale != 1:
         layers = [keras.layers.Rescaling(1 / source.scale), *network.layers]
-        network = keras.Sequential([keras.Input(shape), *layers])
+        network = keras.Sequential([keras.Input(found.input_shape), *layers])
     learner = Learner(
         network,
         n_times_the_mean if found.classification else "mse",
@@ -60,5 +56,28 @@ def load_run(path: str | os.PathLike, *, checkpoint: str = "newest") -> Learner:
         meta_lr=found.meta_lr,
         clip=source.clip,
     )
-    learner.iteration = int(run.iteration)
+    learner.iteration = iteration
     return learner
+
+
+def trained_network(settings: "Settings", *, from_run: bool) -> tuple[keras.Model, int]:
+    """The network of the settings with its learned weights, and its iteration.
+
+    Args:
+        settings: of a test.
+        from_run: take the checkpoint of the run folder that the settings choose; else `init_from`'s, at
+            iteration 0.
+
+    Raises:
+        UserError: if there are no such weights, or they are those of another network.
+    """
+    from maml import build
+    from maml.run import Run
+
+    network = build.build_network(settings, settings.input_shape)
+    run = Run(settings, build.build_learner(settings, network))
+    if from_run:
+        run.restore()
+    elif settings.init_from != "random":
+        run.begin_from(network)
+    return network, int(run.iteration)

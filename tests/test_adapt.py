@@ -20,6 +20,7 @@ from maml.own_photographs import Photographs, Reader, natural
 from maml.predictions import Predictions
 from maml.run import Run
 from maml.settings import parse
+from maml.trained import trained_network
 from tests.test_cli import python
 
 SIDE = 20
@@ -81,11 +82,11 @@ def random_photographs(labels: list[int], seed: int, channels: int = 3) -> Photo
 
 def test_published_weights_predict_as_the_learner_on_the_same_episode(photographs, published):
     settings = adapt.network_settings(None, str(published), ["--test_num_updates=3"])
-    shape = adapt.input_shape(settings)
+    shape = settings.input_shape
     read = Reader(functools.partial(sources.decode_photograph, side=84), shape)
     classes, support = read.support(photographs / "support", 5)
     query = read.query(photographs / "query", classes)
-    network, _ = adapt.load(settings, from_run=False)
+    network, _ = trained_network(settings, from_run=False)
     found = adapt.adapt(network, settings, support, query, way=5)
 
     def drawn(part: str) -> tuple[tf.Tensor, tf.Tensor]:
@@ -118,7 +119,7 @@ def test_outputs_without_a_class_have_no_part_in_loss_or_gradient():
     With batch norm over the query set, where the test above has it by the support set's statistics.
     """
     settings = adapt.network_settings(None, "random", [*SMALL, "--update_lr=0.1"])
-    network, _ = adapt.load(settings, from_run=False)
+    network, _ = trained_network(settings, from_run=False)
     support, query = random_photographs([0, 1, 1, 2, 2, 2], 0), random_photographs([0, 1], 1)
     found = adapt.adapt(network, settings, support, query, way=3, transductive=True)
     assert found.probabilities.shape == (4, 2, 3)
@@ -146,7 +147,7 @@ def test_outputs_without_a_class_have_no_part_in_loss_or_gradient():
 def test_adaptation_that_diverges_is_said():
     settings = adapt.network_settings(None, "random", [*SMALL, "--norm=None"])
     settings = dataclasses.replace(settings, update_lr=1e30)
-    network, _ = adapt.load(settings, from_run=False)
+    network, _ = trained_network(settings, from_run=False)
     images = random_photographs([0, 1], 0)
     with pytest.raises(Failure, match=r"not finite after \d steps of α = 1e\+30\. A smaller --update_lr"):
         adapt.adapt(network, settings, images, images, way=2)
@@ -163,13 +164,13 @@ def test_a_run_of_omniglot_takes_colour_photographs(tmp_path, monkeypatch):
     folder.end()
 
     settings = adapt.network_settings(str(folder.dir), None, ["--test_num_updates=2"])
-    network, where = adapt.load(settings, from_run=True)
-    assert where == f"{folder.dir}, iteration 7"
+    network, iteration = trained_network(settings, from_run=True)
+    assert iteration == 7
     for own, saved in zip(network.trainable_variables, learner.network.trainable_variables, strict=True):
         np.testing.assert_array_equal(own, saved)
     decode = functools.partial(sources.decode_drawing, side=28)
     folder = written(tmp_path / "drawings", {"a/1.png": 0, "a/2.png": 90, "b/1.png": 255})
-    classes, support = Reader(decode, adapt.input_shape(settings)).support(folder, 3)
+    classes, support = Reader(decode, settings.input_shape).support(folder, 3)
     assert [support.pixels[i].mean() for i in range(3)] == [1, 1, 0]  # dark is ink
     query = support._replace(pixels=support.pixels[[0, 2, 1]])
     monkeypatch.setattr(adapt, "AT_ONCE", 2)  # two parts, the last of which is filled up

@@ -11,7 +11,7 @@ import tensorflow as tf
 from benchmarks import speed, speed_worker
 from benchmarks.plain_loop import PlainLoop
 from benchmarks.speed import WORKLOADS, workload_settings
-from benchmarks.speed_worker import agreement, input_shape, matmul_flops, random_episodes
+from benchmarks.speed_worker import agreement, matmul_flops, random_episodes
 from maml import build
 from maml.networks import conv4
 from maml.settings import Settings
@@ -39,7 +39,7 @@ def small(name: str, order: int = 2, tasks: int = 2) -> Settings:
 
 def network_of(settings: Settings, dtype: str = "float32") -> keras.Model:
     keras.utils.set_random_seed(3)
-    network = build.build_network(settings, input_shape(settings), dtype)
+    network = build.build_network(settings, settings.input_shape, dtype)
     random = np.random.default_rng(3)
     for variable in network.trainable_variables:
         if variable.ndim == 1:
