@@ -254,7 +254,7 @@ def run() -> None:
         "out", None, "folder for predictions.csv, predictions.png and steps.png [chosen: adapted-QUERY]"
     )
     flag_parsing.explain(FLAGS[name] for name in ("support", "query", "run", "out"))
-    command.run(_work)
+    command.run(_work, topics=("Network", "Test protocol"))
 
 
 if __name__ == "__main__":
