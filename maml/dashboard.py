@@ -12,6 +12,7 @@ from tensorboard.plugins.hparams import api
 from maml import build, figures, launch, results, show_episodes
 from maml.episodes import EpisodeSource
 from maml.evaluate import TestResult, series
+from maml.help_text import program
 from maml.learner import Maml
 from maml.results import SHOWN, validations
 from maml.run import Run
@@ -37,7 +38,7 @@ def begin(run: Run, data: EpisodeSource, settings: Settings, device: str) -> Non
     """Says once per run what it is and what it is given; `device`: what it runs on, in words."""
     if int(run.iteration):
         return
-    command = shlex.join(["python", "main.py", *launch.shown(sys.argv[1:], settings)])
+    command = f"{program()} {shlex.join(launch.shown(sys.argv[1:], settings))}"
     about = {
         "command": command,
         "protocol": {"iterations": settings.iterations} | _flags_of(settings) | results.protocol(settings),

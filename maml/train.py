@@ -197,9 +197,8 @@ class _Progress:
         self._done, self._total = begin, total
         self._start = self._last_line = self._last_rate = time.monotonic()
         self._rate_from = begin
-        self._steady: tuple[float, int] | None = (
-            None  # when the first call was over, which compiles, and where
-        )
+        # When the first call was over, which compiles, and where.
+        self._steady: tuple[float, int] | None = None
 
     def advance(self, count: int, measures: dict[str, tf.Tensor], row: int) -> None:
         self._done += count
