@@ -182,11 +182,11 @@ def show_tests(run: Run) -> None:
             path.unlink()
         for number, entry in enumerate(results.read(run.dir), start=1):
             protocol, measured = entry["protocol"], entry["results"]["query"][entry["measure"]]["mean"]
-            flags = {flag: protocol[name] for name, flag in TEST_FLAGS.items()} | _flags_of(settings)
+            flags = {flag: protocol.get(name) for name, flag in TEST_FLAGS.items()} | _flags_of(settings)
             last = len(measured) - 1
-            steps = sorted({0, min(protocol["train_inner_steps"], last), last})
+            steps = sorted({min(protocol["train_inner_steps"], last), last})
             metrics = {test_tag(entry["measure"], step): measured[step] for step in steps}
-            for step in steps[1:]:
+            for step in steps:
                 name = tag(entry["measure"], "query", step)
                 if name in (row := found.get(entry["iterations"], {})):
                     metrics[f"test/validation_{entry['measure']}_after_{step}_steps"] = row[name]

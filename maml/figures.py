@@ -245,7 +245,7 @@ def adaptation_curve(
         axis.plot(means, color=BLUE, alpha=0.2 + 0.4 * i / len(earlier), linewidth=1)
         axis.annotate(f" {then:,}", (last, means[-1]), color="#777777", fontsize=8, va="center")
     steps = np.arange(last + 1)
-    axis.axvline(trained_steps, color="#bbbbbb", linewidth=1, linestyle=":", label="steps of training")
+    axis.axvline(trained_steps, color="#777777", linewidth=1.2, linestyle=":", label="steps of training")
     axis.plot(steps, now.support, "--", color=GREEN, linewidth=1.2, label="support set")
     axis.plot(steps, now.query, "-o", color=BLUE, markersize=4, linewidth=2, label="query set ± 95 % CI")
     axis.fill_between(steps, now.query - now.ci95, now.query + now.ci95, color=BLUE, alpha=0.2, linewidth=0)

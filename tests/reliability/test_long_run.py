@@ -15,7 +15,7 @@ from tests.test_cli import ROOT, SINUSOID
 
 ITERATIONS, SAVED_EVERY = 100_000, 1_000
 SECONDS_PER_SAMPLE = 0.25
-GROWTH = 1.05  # of memory, from the first thousand iterations to the end
+GROWTH = 1.05  # of memory, from the second tenth of the iterations to the end
 EVENT_BYTES = 15_000  # per thousand iterations
 SLOWEST = 0.8  # rate of the last tenth over that of the second
 
@@ -100,15 +100,14 @@ def test_a_hundred_thousand_iterations_cost_no_memory_and_no_speed(tmp_path):
     run = tmp_path / SINUSOID
     samples = watched.between(f"iteration {SAVED_EVERY}:", f"iteration {ITERATIONS}:")
     assert len(samples) > 40
-    # What was needed to compile is given back later, so the tenths after the first are compared too.
-    tenths = [np.median(part, axis=0) for part in np.array_split(samples, 10)]
-    first, last, most = np.median(samples[:5], axis=0), tenths[-1], samples.max(axis=0)
+    # What was needed to compile is given back at some moment of the first tenth: the second is the measure.
+    parts = np.array_split(samples, 10)
+    tenths = [np.median(part, axis=0) for part in parts]
+    first, last, most = tenths[1], tenths[-1], np.concatenate(parts[1:]).max(axis=0)
     per_thousand = sum(path.stat().st_size for path in event_files(run)) / (ITERATIONS / 1000)
     speed = rates(run)
     report = {
-        "resident after the first thousand, at the end, at most, MB": [
-            x[0] / 1e6 for x in (first, last, most)
-        ],
+        "resident in the second tenth, at the end, at most, MB": [x[0] / 1e6 for x in (first, last, most)],
         "of it not of files, in tenths, MB": [tenth[1] / 1e6 for tenth in tenths],
         "open files": [first[2], last[2]],
         "bytes of events per thousand iterations": [per_thousand],
@@ -116,7 +115,7 @@ def test_a_hundred_thousand_iterations_cost_no_memory_and_no_speed(tmp_path):
     }
     for what, values in report.items():
         print(f"\n{what}: {', '.join(f'{value:,.1f}' for value in values)}", end="")
-    assert (most[:2] < GROWTH * first[:2]).all() and (last[:2] < GROWTH * tenths[1][:2]).all()
+    assert (most[:2] < GROWTH * first[:2]).all()
     assert last[2] <= first[2] + 1
     assert per_thousand < EVENT_BYTES
     assert speed[-1] >= SLOWEST * speed[0]
