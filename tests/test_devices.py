@@ -136,7 +136,8 @@ def on_two_devices(folder: str) -> None:
         found = two.metatrain_block(block, tf.constant(0), tf.constant(2))
         for i, episodes in enumerate((batch, other)):
             for measure, expected in one.meta_step(episodes).items():
-                np.testing.assert_allclose(found[measure][i], expected, rtol=1e-8, err_msg=measure)
+                # Biases before a batch norm have no gradient but for rounding.
+                np.testing.assert_allclose(found[measure][i], expected, 1e-8, 1e-12, err_msg=measure)
         assert_same_weights(two, one)
         for variable in two.network.trainable_variables:
             first, second = variable.value.values
@@ -199,8 +200,8 @@ def test_two_processes_train_like_one_and_leave_one_run_folder(tmp_path):
     said, _ = ended(chief)
     assert "2 processes" in said and "query" in said
     assert ended(other)[0] == ""
-    files = {"checkpoints", "train", "validation", "flags", "data", "lock", "results.json", "results.lock"}
-    files |= {"fits.png", "validation.csv", "test_ubs5_stepsize0.001.csv"}
+    files = {"checkpoints", "train", "validation", "tests", "flags", "data", "lock", "results.lock"}
+    files |= {"results.json", "fits.png", "validation.csv", "test_ubs5_stepsize0.001.csv"}
     assert {path.name for path in (tmp_path / "two" / name).iterdir()} == files
     ended(train("one", 20))
     for one, two in zip(weights("one", 20), weights("two", 20), strict=True):
