@@ -2,10 +2,14 @@
 
 import os
 import pathlib
+import signal
 
 import pytest
 
 os.environ["MPLBACKEND"] = "Agg"
+# A shell has what it starts in the background ignore Ctrl-C, and with it all that this would start.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # The files that take longest: begun last, one of them would keep a worker busy and the other idle.
 FIRST = ("test_devices", "test_interrupted", "test_cli", "test_meta_gradient", "test_sweep", "test_protocol",
