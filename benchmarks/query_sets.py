@@ -16,8 +16,8 @@ with command.silent_start():
     import tensorflow as tf
 
     from maml import build
-    from maml.run import Run
     from maml.settings import parse
+    from maml.trained import trained_network
 
 STEPS, PER_CLASS = 10, 15
 
@@ -37,8 +37,8 @@ def main() -> None:
          f"--test_num_query={PER_CLASS}", f"--init_from={options.weights}", "--train=False"]
     )  # fmt: skip
     source, spec = build.load_data(settings), build.test_spec(settings)
-    learner = build.build_learner(settings, build.build_network(settings, (84, 84, 3)))
-    Run(settings, learner).begin_from(learner.network)
+    network, _ = trained_network(settings, from_run=False)
+    learner = build.build_learner(settings, network)
 
     @tf.function
     def adapted(x: tf.Tensor, y: tf.Tensor) -> list[tf.Tensor]:

@@ -130,11 +130,6 @@ def _test(settings: Settings, learner: "Maml", data: "EpisodeSource", folder: "R
 def _header(settings: Settings, from_paper: dict[str, object], devices: str) -> str:
     """What runs on what, but for the network, which depends on the data."""
     way = settings.num_classes if settings.classification else 1
-    task = (
-        f"{way}-way {settings.update_batch_size}-shot"
-        if settings.classification
-        else f"{settings.update_batch_size}-shot"
-    )
     support, query = way * settings.update_batch_size, way * settings.num_query
     steps = settings.num_updates if settings.train else settings.test_num_updates
     order = "first" if settings.stop_grad else "second"
@@ -142,7 +137,7 @@ def _header(settings: Settings, from_paper: dict[str, object], devices: str) -> 
         f"{steps} step{'s' * (steps > 1)} of α = {settings.update_lr:g} on N·K = {support} support examples"
     )
     lines = [
-        f"maml: {settings.datasource} {task} on {devices}",
+        f"maml: {settings.datasource} {settings.task} on {devices}",
         _line("inner loop", f"{inner}, {order} order" if settings.train else inner),
     ]
     if settings.train:

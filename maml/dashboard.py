@@ -1,7 +1,6 @@
 """What TensorBoard is told of a run, and when: curves, pictures, a text card, the table of tests."""
 
 import pathlib
-import shlex
 import sys
 from collections.abc import Mapping
 
@@ -12,9 +11,8 @@ from tensorboard.plugins.hparams import api
 from maml import build, figures, launch, results, show_episodes
 from maml.episodes import EpisodeSource
 from maml.evaluate import TestResult, series
-from maml.help_text import program
 from maml.learner import Maml
-from maml.results import SHOWN, validations
+from maml.results import SHOWN, tag, validations
 from maml.run import Run
 from maml.settings import Settings
 
@@ -38,9 +36,8 @@ def begin(run: Run, data: EpisodeSource, settings: Settings, device: str) -> Non
     """Says once per run what it is and what it is given; `device`: what it runs on, in words."""
     if int(run.iteration):
         return
-    command = f"{program()} {shlex.join(launch.shown(sys.argv[1:], settings))}"
     about = {
-        "command": command,
+        "command": launch.command_line(sys.argv[1:], settings),
         "protocol": {"iterations": settings.iterations} | _flags_of(settings) | results.protocol(settings),
         "versions": results.versions(),
         "hardware": results.hardware(device),
@@ -104,16 +101,11 @@ def record_validation(
     found["optimisation/diverged_tasks"] = charts["optimisation/diverged_tasks"] = float(result.diverged)
     run.write_scalars("validation", charts)
     iteration = int(run.iteration)
-    before = [i for i in validations(run.dir) if i < iteration]
+    before = {i: row for i, row in sorted(validations(run.dir).items()) if i < iteration}
     if settings.log and (is_drawn(len(before) + 1) or iteration == settings.iterations):
-        for name, png in _pictures(settings, learner, data, run, result).items():
+        for name, png in _pictures(settings, learner, data, iteration, result, before).items():
             run.write_picture("validation", f"adaptation/{name}", png)
     run.record_validation(found)
-
-
-def tag(measure: str, part: str, step: int) -> str:
-    """Of a chart, and a column of `validation.csv`; `part`: "support" or "query"."""
-    return f"{measure}/{part}_after_{step}_steps"
 
 
 def is_drawn(number: int) -> bool:
@@ -130,18 +122,22 @@ def _after(settings: Settings) -> list[int]:
 
 
 def _pictures(
-    settings: Settings, learner: Maml, data: EpisodeSource, run: Run, result: TestResult
+    settings: Settings,
+    learner: Maml,
+    data: EpisodeSource,
+    iteration: int,
+    result: TestResult,
+    before: dict[int, dict[str, float]],
 ) -> dict[str, bytes]:
+    """{name: PNG file} of a validation; `before`: the rows of those before it, in order."""
     steps, trained = settings.test_num_updates, _after(settings)[0]
     scale, _, name = SHOWN[result.measure]
     now = series(scale * result.query[result.measure])
     support = scale * result.support[result.measure].mean(axis=0)
-    iteration = int(run.iteration)
-    rows = {i: row for i, row in sorted(validations(run.dir).items()) if i < iteration}
     columns = [tag(result.measure, "query", step) for step in range(steps + 1)]
     earlier = {
         i: [scale * row[column] for column in columns]
-        for number, (i, row) in enumerate(rows.items(), start=1)
+        for number, (i, row) in enumerate(before.items(), start=1)
         if is_drawn(number) and columns[-1] in row
     }
     curve = figures.adaptation_curve(

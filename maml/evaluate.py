@@ -106,10 +106,9 @@ def measure_tasks(
 def table(result: TestResult, settings: "Settings", iteration: int) -> str:
     """The result as text, under the protocol it was got by."""
     split = {"val": "meta-validation", "test": "meta-test"}[settings.split]
-    way = f" {settings.num_classes}-way" if settings.classification else ""
     order = "first" if settings.stop_grad else "second"
     baseline = f", {settings.baseline}" if settings.baseline else ""
-    head = f"{settings.datasource}{way} {settings.update_batch_size}-shot after {iteration} iterations"
+    head = f"{settings.datasource} {settings.task} after {iteration} iterations"
     tasks, queries = settings.num_test_tasks, settings.test_num_query
     each = "query per class" if settings.classification else f"query point{'s' * (queries > 1)}"
     protocol = f"{tasks} {split} tasks, {queries} {each}, α {settings.update_lr:g}"

@@ -24,7 +24,12 @@ class Job(NamedTuple):
     @property
     def command(self) -> str:
         """What to type; see `shown`."""
-        return f"{program()} {shlex.join(shown(self.arguments, self.settings))}"
+        return command_line(self.arguments, self.settings)
+
+
+def command_line(arguments: Sequence[str], settings: Settings) -> str:
+    """What to type for a run of these arguments and settings; see `shown`."""
+    return f"{program()} {shlex.join(shown(arguments, settings))}"
 
 
 def shown(arguments: Sequence[str], settings: Settings) -> list[str]:

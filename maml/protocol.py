@@ -161,7 +161,6 @@ def head(settings: Settings) -> str:
     """What is measured, and the names of the table's columns."""
     split = {"val": "meta-validation", "test": "meta-test"}[settings.split]
     order = "first" if settings.stop_grad else "second"
-    way = f" {settings.num_classes}-way" if settings.classification else ""
     measure = results.SHOWN["accuracy" if settings.classification else "loss"][2]
     columns = [
         f"{step} step{'s' * (step > 1)}" + (f", {tasks} tasks" if len(task_counts(settings)) > 1 else "")
@@ -171,7 +170,7 @@ def head(settings: Settings) -> str:
     queries = "queries/class" if settings.classification else "query points"
     return "\n".join(
         [
-            f"{settings.run_dir}: {settings.datasource}{way} {settings.update_batch_size}-shot"
+            f"{settings.run_dir}: {settings.datasource} {settings.task}"
             + (f", {settings.baseline}" if settings.baseline else "")
             + f", {settings.num_test_tasks} {split} tasks, seed {settings.seed}, {order} order, "
             f"α {settings.update_lr:g}",

@@ -216,8 +216,7 @@ def _step_panels(members: Sequence[Outcome]) -> list[charts.Panel]:
         job, entry = outcome.entries[0]
         measured = entry["results"]["query"][entry["measure"]]
         scale = 100 if entry["measure"] == "accuracy" else 1
-        title = f"{job.settings.num_classes}-way " if job.settings.classification else ""
-        title += f"{job.settings.update_batch_size}-shot"
+        title = job.settings.task
         label = outcome.name.split("shot")[-1].strip("_").replace("_", " ") or "MAML"
         mean, ci95 = (scale * np.array(measured[name]) for name in ("mean", "ci95"))
         if job.settings.baseline == "oracle":
@@ -234,16 +233,15 @@ def _iteration_panel(outcome: Outcome) -> charts.Panel | None:
     rows = results.validations(job.settings.run_dir)
     measure, scale = (entry["measure"], 100 if entry["measure"] == "accuracy" else 1)
     lines = []
-    for label, tag in (
-        ("support, before", "support_after_0_steps"),
-        ("query, before", "query_after_0_steps"),
-        (f"query, after {job.settings.num_updates}", f"query_after_{job.settings.num_updates}_steps"),
-        (
-            f"query, after {job.settings.test_num_updates}",
-            f"query_after_{job.settings.test_num_updates}_steps",
-        ),
+    trained, tested = job.settings.num_updates, job.settings.test_num_updates
+    for label, part, step in (
+        ("support, before", "support", 0),
+        ("query, before", "query", 0),
+        (f"query, after {trained}", "query", trained),
+        (f"query, after {tested}", "query", tested),
     ):
-        points = {i: scale * row[f"{measure}/{tag}"] for i, row in rows.items() if f"{measure}/{tag}" in row}
+        column = results.tag(measure, part, step)
+        points = {i: scale * row[column] for i, row in rows.items() if column in row}
         if points:
             lines.append(charts.Line(label, list(points), list(points.values())))
     y_label = "validation accuracy, %" if measure == "accuracy" else "validation MSE"

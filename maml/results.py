@@ -140,6 +140,11 @@ def furthest(settings: "Settings") -> dict | None:
     return max(found, key=lambda entry: entry["trained_iterations"], default=None)
 
 
+def tag(measure: str, part: str, step: int) -> str:
+    """A column of `validation.csv`, and the chart of it; `part`: "support" or "query"."""
+    return f"{measure}/{part}_after_{step}_steps"
+
+
 def validations(run_dir: pathlib.Path) -> dict[int, dict[str, float]]:
     """The rows of `validation.csv`: {iteration: {TensorBoard tag: mean over the validation tasks}}."""
     path = run_dir / "validation.csv"

@@ -18,7 +18,7 @@ from tensorboard.plugins.scalar.summary_v2 import scalar_pb
 from maml import event_files, original
 from maml.episodes import Episode
 from maml.learner import Maml
-from maml.results import csv_text, saved_iterations, validations, write_whole
+from maml.results import csv_text, saved_iterations, tag, validations, write_whole
 from maml.settings import Failure, Settings, UserError, as_flagfile, parse, read_flagfile
 
 # Flags that may differ between a run and its continuation: they change how long and how it is
@@ -272,16 +272,16 @@ class Run:
 
     def _ranked(self, among: list[int]) -> list[int]:
         """Those that were validated, the best first; of equals, the latest."""
-        tag, sign = self._judged_by()
+        column, sign = self._judged_by()
         rows = validations(self.dir)
-        found = {i: rows[i][tag] for i in among if math.isfinite(rows.get(i, {}).get(tag, math.nan))}
+        found = {i: rows[i][column] for i in among if math.isfinite(rows.get(i, {}).get(column, math.nan))}
         return sorted(found, key=lambda iteration: (sign * found[iteration], iteration), reverse=True)
 
     def _judged_by(self) -> tuple[str, int]:
         """The TensorBoard tag of validation after `num_updates` steps; 1 if more of it is better, else −1."""
         measure, sign = ("accuracy", 1) if self.settings.classification else ("loss", -1)
         steps = min(self.settings.num_updates, self.settings.test_num_updates)
-        return f"{measure}/query_after_{steps}_steps", sign
+        return tag(measure, "query", steps), sign
 
     def begin_from(self, network: keras.Model) -> None:
         """Gives the network the weights that `init_from` names.

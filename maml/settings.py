@@ -80,6 +80,12 @@ class Settings:
         return self.datasource != "sinusoid"
 
     @property
+    def task(self) -> str:
+        """In words: "5-way 1-shot", or "10-shot" of a regression."""
+        way = f"{self.num_classes}-way " if self.classification else ""
+        return f"{way}{self.update_batch_size}-shot"
+
+    @property
     def input_shape(self) -> tuple[int, ...]:
         """Of one example: (1,), of the oracle (3,), of an image (H, W, C)."""
         if not self.classification:

@@ -315,8 +315,8 @@ def _validation_lines(outcomes: Sequence[Outcome]):
         label = _label(pair for pair in group[0].combination.values.items() if pair in shared)
         scale, steps = SHOWN[group[0].measure][0], group[0].combination.trained_steps
         for step, style in ((steps, "-"), (0, "--")):
-            tag = f"{group[0].measure}/query_after_{step}_steps"
-            points = {i: scale * row[tag] for i, row in rows.items() if tag in row and i <= last}
+            column = results.tag(group[0].measure, "query", step)
+            points = {i: scale * row[column] for i, row in rows.items() if column in row and i <= last}
             if points:
                 # An empty label keeps the dashed lines out of the legend.
                 name = (label or run_dir.name) if step else ""

@@ -73,11 +73,12 @@ def trained_network(settings: "Settings", *, from_run: bool) -> tuple[keras.Mode
     """
     from maml import build
     from maml.run import Run
+    from maml.settings import RANDOM
 
     network = build.build_network(settings, settings.input_shape)
     run = Run(settings, build.build_learner(settings, network))
     if from_run:
         run.restore()
-    elif settings.init_from != "random":
+    elif settings.init_from != RANDOM:
         run.begin_from(network)
     return network, int(run.iteration)
