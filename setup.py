@@ -31,7 +31,7 @@ setuptools.setup(
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
         "Typing :: Typed",
     ],
-    packages=["maml", "maml.mini_imagenet", "maml.flagfiles"],
+    packages=[*setuptools.find_packages(include=["maml", "maml.*"]), "maml.mini_imagenet", "maml.flagfiles"],
     package_dir={"maml.mini_imagenet": "data/mini_imagenet", "maml.flagfiles": "flags"},
     package_data={
         "maml": ["py.typed"],
@@ -54,5 +54,5 @@ setuptools.setup(
     extras_require={
         "test": ["hypothesis>=6", "pytest>=8", "pytest-benchmark>=5", "pytest-xdist>=3", "ruff==0.17.5"]
     },
-    entry_points={"console_scripts": ["maml=maml.cli:run"]},
+    entry_points={"console_scripts": ["maml=maml.commands.train:run"]},
 )

@@ -1,8 +1,8 @@
 """Meta-batches and megabytes per second of the episodic generator: `python -m benchmarks.episodes`.
 
-Measures `maml.episodes.stream_blocks` alone, as training uses it, on random images in the numbers and sizes
-of the data sets (its speed does not depend on what they show). A training step has to wait for data only
-where it is faster than this.
+Measures `maml.training.loop.stream_blocks` alone, as training uses it, on random images in the numbers and
+sizes of the data sets (its speed does not depend on their content). Training waits for data only where a step
+is faster than this.
 """
 
 import argparse
@@ -18,13 +18,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from maml import command
+from maml.commands import runner
 
-with command.silent_start():
+with runner.silent_start():
     import tensorflow as tf
 
-    from maml import datasets
-    from maml.episodes import Episode, EpisodeSource, EpisodeSpec, stream_blocks
+    from maml.datasets import image_classes, sinusoid
+    from maml.episodes import Episode, EpisodeSource, EpisodeSpec
+    from maml.training.loop import stream_blocks
 
 WARM_UP = 3  # blocks
 
@@ -59,14 +60,14 @@ CONFIGURATIONS = {
 
 def sinusoid(_: pathlib.Path) -> EpisodeSource:
     """The sinusoid."""
-    return datasets.Sinusoid()
+    return sinusoid.Sinusoid()
 
 
 def omniglot(_: pathlib.Path) -> EpisodeSource:
     """Random drawings: 1,100 characters of 20, 28×28."""
     images = np.random.default_rng(0).integers(0, 2, (1100, 20, 28, 28, 1), dtype=np.uint8)
-    return datasets.ImageClasses(
-        "random drawings", {"train": datasets.ClassImages.in_memory(images)}, rotations=True
+    return image_classes.ImageClasses(
+        "random drawings", {"train": image_classes.ClassImages.in_memory(images)}, rotations=True
     )
 
 
@@ -79,8 +80,8 @@ def mini(folder: pathlib.Path) -> EpisodeSource:
             file.write(random.bytes(600 * 84 * 84 * 3))
     images = np.memmap(folder / "train.bin", np.uint8, "r", shape=shape)
     names = tuple(f"class {i}" for i in range(64))
-    classes = datasets.ClassImages(images, names, np.arange(64) * 600, np.full(64, 600))
-    return datasets.ImageClasses("random photographs", {"train": classes})
+    classes = image_classes.ClassImages(images, names, np.arange(64) * 600, np.full(64, 600))
+    return image_classes.ImageClasses("random photographs", {"train": classes})
 
 
 SOURCES: dict[str, Callable[[pathlib.Path], EpisodeSource]] = {

@@ -1,15 +1,15 @@
 """MAML written down plainly in TensorFlow 2: what `benchmarks.speed` measures our learner against.
 
-Nothing here comes from `maml.learner`, so that the agreement of the two also says that both are right.
+Nothing here comes from `maml.learners.maml`, so that the agreement of the two also says that both are right.
 """
 
 import keras
 import tensorflow as tf
 
-from maml import build
+from maml.datasets import table
 from maml.episodes import Episode
-from maml.networks import BatchNorm, MaxPool
-from maml.settings import Settings
+from maml.networks.layers import BatchNorm, MaxPool
+from maml.settings.settings import Settings
 
 
 class PlainBatchNorm(keras.layers.Layer):
@@ -54,7 +54,7 @@ class PlainLoop:
         for mine, given in zip(self.network.trainable_variables, network.trainable_variables, strict=True):
             mine.assign(given)
         self.settings = settings
-        source = build.DATASOURCES[settings.datasource]
+        source = table.DATASOURCES[settings.datasource]
         self.scale, self.clip = source.scale, source.clip
         norms = [layer for layer in self.network.layers if isinstance(layer, PlainBatchNorm)]
         shared = {id(layer.beta) for layer in norms}

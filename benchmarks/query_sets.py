@@ -10,14 +10,15 @@ import os
 
 import numpy as np
 
-from maml import command
+from maml.commands import runner
 
-with command.silent_start():
+with runner.silent_start():
     import tensorflow as tf
 
-    from maml import build
-    from maml.settings import parse
-    from maml.trained import trained_network
+    from maml.datasets import table
+    from maml.runs import build
+    from maml.runs.load import trained_network
+    from maml.settings.settings import parse
 
 STEPS, PER_CLASS = 10, 15
 
@@ -36,7 +37,7 @@ def main() -> None:
         ["--datasource=folder", f"--data_dir={options.data}", f"--update_batch_size={options.shot}",
          f"--test_num_query={PER_CLASS}", f"--init_from={options.weights}", "--train=False"]
     )  # fmt: skip
-    source, spec = build.load_data(settings), build.test_spec(settings)
+    source, spec = table.load_data(settings), build.test_spec(settings)
     network, _ = trained_network(settings, from_run=False)
     learner = build.build_learner(settings, network)
 

@@ -27,8 +27,9 @@ import sys
 from absl import flags
 from tqdm import tqdm
 
-from maml import command
-from maml.settings import FLAGS, Settings, UserError, parse
+from maml.commands import runner
+from maml.errors import UserError
+from maml.settings.settings import FLAGS, Settings, parse
 
 ORDERS = (2, 1)
 # Losses and meta-gradient are compared in float64, on a few tasks of the meta-batch. In float32 five inner
@@ -56,7 +57,7 @@ def workload_settings(workload: str, order: int, seed: int = 0) -> Settings:
 
 def _serve(connection, kind: str, settings: Settings) -> None:
     # TensorFlow is for the workers alone: a mistyped flag is answered at once.
-    with command.silent_start():
+    with runner.silent_start():
         from benchmarks import speed_worker
 
     speed_worker.serve(connection, kind, settings)
@@ -263,4 +264,4 @@ if __name__ == "__main__":
     flags.DEFINE_integer("rounds", 7, "turns of each; the median counts", lower_bound=1)
     flags.DEFINE_float("seconds", 5.0, "length of a turn (one iteration at least)", lower_bound=0.0)
     flags.DEFINE_string("json", None, "also write everything to this file")
-    command.run(_main)
+    runner.run(_main)

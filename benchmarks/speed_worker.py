@@ -19,11 +19,13 @@ import tensorflow as tf
 
 import maml
 from benchmarks.plain_loop import PlainLoop
-from maml import build, datasets, devices
+from maml.datasets import sinusoid
 from maml.episodes import Episode
-from maml.learner import Maml
-from maml.settings import Settings
-from maml.train import LOG_INTERVAL
+from maml.learners.maml import Maml
+from maml.runs import build
+from maml.runs.train import LOG_INTERVAL
+from maml.settings.settings import Settings
+from maml.training import devices
 
 IMAGE_META_BATCHES = 4  # kept in memory and gone through again and again
 MATMUL_SIZE = 2048
@@ -38,7 +40,7 @@ def random_episodes(settings: Settings, meta_batches: int) -> Episode:
     leading = (meta_batches, settings.meta_batch_size)
     if not settings.classification:
         indices = tf.range(math.prod(leading), dtype=tf.int64)
-        drawn = datasets.Sinusoid().sample(build.train_spec(settings), "train", indices)
+        drawn = sinusoid.Sinusoid().sample(build.train_spec(settings), "train", indices)
         return tf.nest.map_structure(lambda x: tf.reshape(x, (*leading, *x.shape[1:])), drawn)
     random = np.random.default_rng(settings.seed)
 
@@ -127,14 +129,14 @@ class Timed(NamedTuple):
 
 
 def ours(settings: Settings) -> Timed:
-    """Our learner as `maml.train` drives it, with the same threads."""
+    """Our learner as `maml.runs.train` drives it, with the same threads."""
     threads = devices.use(settings).description
     timed = blocks(settings)
     return timed._replace(report=timed.report | {"threads": threads})
 
 
 def blocks(settings: Settings) -> Timed:
-    """Our learner as `maml.train` drives it: as many iterations per call."""
+    """Our learner as `maml.runs.train` drives it: as many iterations per call."""
     network, episodes = _begin(settings)
     learner = build.build_learner(settings, network)
     length = LOG_INTERVAL if learner.tasks.vectorize else 1

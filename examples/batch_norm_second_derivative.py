@@ -8,13 +8,13 @@ derivative, and the query loss after the step. docs/batch_norm.md explains what 
 
 from collections.abc import Callable
 
-from maml import command
+from maml.commands import runner
 
-with command.silent_start():
+with runner.silent_start():
     import keras
     import tensorflow as tf
 
-    from maml.networks import BatchNorm, LayerNorm
+    from maml.networks.layers import BatchNorm, LayerNorm
 
 EXAMPLES, INPUTS, CHANNELS = 20, 8, 6
 INNER_LR, EPSILON, STEP = 0.5, 1e-3, 1e-5
@@ -36,8 +36,8 @@ def norms() -> dict[str, Function]:
         "keras.ops.moments": lambda x: batch(x, *keras.ops.moments(x, 0)),
         "keras.ops.mean, keras.ops.var": lambda x: batch(x, keras.ops.mean(x, 0), keras.ops.var(x, 0)),
         "tf.math.reduce_variance": lambda x: batch(x, tf.reduce_mean(x, 0), tf.math.reduce_variance(x, 0)),
-        "maml.networks.BatchNorm": lambda x: our_batch(x, training=True),
-        "maml.networks.LayerNorm": LayerNorm(dtype="float64"),
+        "maml.networks.layers.BatchNorm": lambda x: our_batch(x, training=True),
+        "maml.networks.layers.LayerNorm": LayerNorm(dtype="float64"),
     }
 
 

@@ -3,7 +3,7 @@
 Meta-trains on Omniglot (in DATA_DIR, see data/README.md), adapts to one drawing each of five characters never
 seen before, has what comes of it tell fifteen more drawings of each apart, and saves it. Keras loads the file
 again in a program that has `from maml import BatchNorm`, which makes that layer known to it. Photographs in
-class folders are `maml.datasets.load_photographs(maml.sources.photographs(DIR), seed=0, side=84)`; as their
+class folders are `load_photographs(photographs(DIR), seed=0, side=84)` of `maml.datasets.folder`; as their
 pixels are 0…255, the model begins with `keras.layers.Rescaling(1 / 255)`.
 """
 
@@ -12,7 +12,7 @@ import sys
 import keras
 
 from maml import EpisodeSpec, Learner, conv4, cross_entropy
-from maml.datasets import load_omniglot
+from maml.datasets.omniglot import load_omniglot
 
 
 def main(data_dir: str, path: str, iterations: int = 500) -> float:

@@ -13,17 +13,20 @@ subspace: a first layer that lets only the 3 coordinates through, so that a step
 them instead of in 50 dimensions.
 """
 
-from maml import command
+from maml.commands import runner
 
-with command.silent_start():
+with runner.silent_start():
     import keras
     import tensorflow as tf
     from tqdm import tqdm
 
-    from maml.episodes import Episode, EpisodeSpec, Stream, stream_blocks
-    from maml.evaluate import measure_tasks, series
-    from maml.learner import Maml, cross_entropy
-    from maml.settings import UserError
+    from maml.datasets.random_stream import Stream
+    from maml.episodes import Episode, EpisodeSpec
+    from maml.errors import UserError
+    from maml.learners.losses import cross_entropy
+    from maml.learners.maml import Maml
+    from maml.training.evaluate import measure_tasks, series
+    from maml.training.loop import stream_blocks
 
 DIMENSIONS, RELEVANT = 50, 3
 SPEC = EpisodeSpec(way=2, shot=10, query=10, seed=0)

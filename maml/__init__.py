@@ -20,21 +20,21 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 # Where the library's names live. They are imported when they are first used, because TensorFlow takes
 # seconds to start.
 _HOMES = {
-    "BatchNorm": "networks",
+    "BatchNorm": "networks.layers",
     "Episode": "episodes",
     "EpisodeSource": "episodes",
     "EpisodeSpec": "episodes",
     "Failure": "errors",
-    "LayerNorm": "networks",
-    "LayerNormalization": "networks",
-    "Learner": "library",
-    "Maml": "learner",
+    "LayerNorm": "networks.layers",
+    "LayerNormalization": "networks.layers",
+    "Learner": "learners.library",
+    "Maml": "learners.maml",
     "UserError": "errors",
-    "conv4": "networks",
-    "cross_entropy": "learner",
-    "load_run": "trained",
-    "mean_squared_error": "learner",
-    "mlp": "networks",
+    "conv4": "networks.conv4",
+    "cross_entropy": "learners.losses",
+    "load_run": "runs.load",
+    "mean_squared_error": "learners.losses",
+    "mlp": "networks.mlp",
 }
 __all__ = [*_HOMES]
 
@@ -44,22 +44,22 @@ if TYPE_CHECKING:
     from maml.episodes import EpisodeSpec as EpisodeSpec
     from maml.errors import Failure as Failure
     from maml.errors import UserError as UserError
-    from maml.learner import Maml as Maml
-    from maml.learner import cross_entropy as cross_entropy
-    from maml.learner import mean_squared_error as mean_squared_error
-    from maml.library import Learner as Learner
-    from maml.networks import BatchNorm as BatchNorm
-    from maml.networks import LayerNorm as LayerNorm
-    from maml.networks import LayerNormalization as LayerNormalization
-    from maml.networks import conv4 as conv4
-    from maml.networks import mlp as mlp
-    from maml.trained import load_run as load_run
+    from maml.learners.library import Learner as Learner
+    from maml.learners.losses import cross_entropy as cross_entropy
+    from maml.learners.losses import mean_squared_error as mean_squared_error
+    from maml.learners.maml import Maml as Maml
+    from maml.networks.conv4 import conv4 as conv4
+    from maml.networks.layers import BatchNorm as BatchNorm
+    from maml.networks.layers import LayerNorm as LayerNorm
+    from maml.networks.layers import LayerNormalization as LayerNormalization
+    from maml.networks.mlp import mlp as mlp
+    from maml.runs.load import load_run as load_run
 
 
 def __getattr__(name: str) -> object:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from maml.output import silent_start
+    from maml.process import silent_start
 
     with silent_start():
         value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

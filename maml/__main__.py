@@ -1,6 +1,6 @@
 """`python -m maml …` is `python main.py …`, wherever it is installed."""
 
-from maml.cli import run
+from maml.commands.train import run
 
 if __name__ == "__main__":
     run()

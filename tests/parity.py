@@ -21,18 +21,18 @@ from typing import NamedTuple
 
 import numpy as np
 
-from maml import command
+from maml.commands import runner
 
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
-with command.silent_start():
+with runner.silent_start():
     import tensorflow as tf
 
     tf.get_logger().setLevel("ERROR")  # every case is a network of its own, of which TensorFlow would warn
 
-from maml.build import build_learner, build_network
 from maml.episodes import Episode
-from maml.networks import original_names
-from maml.settings import FLAGS, Settings
+from maml.runs.build import build_learner, build_network
+from maml.runs.original import original_names
+from maml.settings.settings import FLAGS, Settings
 
 FLOAT64_TOLERANCE = 1e-6
 FLOAT32_TOLERANCE = 1e-4

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from maml.adam import Adam
+from maml.training.adam import Adam
 
 import keras  # isort: skip
 import tensorflow as tf  # isort: skip

@@ -1,4 +1,4 @@
-"""`maml.adapt`: what a network makes of a person's own photographs."""
+"""`maml adapt`: what a network makes of a person's own photographs."""
 
 import csv
 import dataclasses
@@ -12,15 +12,19 @@ import pytest
 import tensorflow as tf
 from PIL import Image
 
-from maml import adapt, build, contact_sheet, predictions, sources
+from maml.commands import adapt
+from maml.datasets.images import decode
+from maml.datasets.user_images import Photographs, Reader, natural
 from maml.episodes import Episode
 from maml.errors import Failure, UserError
-from maml.learner import Maml, cross_entropy
-from maml.own_photographs import Photographs, Reader, natural
-from maml.predictions import Predictions
-from maml.run import Run
-from maml.settings import parse
-from maml.trained import trained_network
+from maml.learners.losses import cross_entropy
+from maml.learners.maml import Maml
+from maml.reports import contact_sheet, predictions
+from maml.reports.predictions import Predictions
+from maml.runs import build
+from maml.runs.folder import Run
+from maml.runs.load import trained_network
+from maml.settings.settings import parse
 from tests.test_cli import python
 
 SIDE = 20
@@ -66,8 +70,8 @@ def written(folder: pathlib.Path, files: dict[str, int | bytes]) -> pathlib.Path
 
 
 def reader(**change) -> Reader:
-    decode = functools.partial(sources.decode_photograph, side=SIDE)
-    return Reader(decode, (SIDE, SIDE, 3), **change)
+    read = functools.partial(decode.decode_photograph, side=SIDE)
+    return Reader(read, (SIDE, SIDE, 3), **change)
 
 
 def random_photographs(labels: list[int], seed: int, channels: int = 3) -> Photographs:
@@ -83,7 +87,7 @@ def random_photographs(labels: list[int], seed: int, channels: int = 3) -> Photo
 def test_published_weights_predict_as_the_learner_on_the_same_episode(photographs, published):
     settings = adapt.network_settings(None, str(published), ["--test_num_updates=3"])
     shape = settings.input_shape
-    read = Reader(functools.partial(sources.decode_photograph, side=84), shape)
+    read = Reader(functools.partial(decode.decode_photograph, side=84), shape)
     classes, support = read.support(photographs / "support", 5)
     query = read.query(photographs / "query", classes)
     network, _ = trained_network(settings, from_run=False)
@@ -92,7 +96,7 @@ def test_published_weights_predict_as_the_learner_on_the_same_episode(photograph
     def drawn(part: str) -> tuple[tf.Tensor, tf.Tensor]:
         files = [(c, f) for c, name in enumerate(classes) for f in (photographs / part / name).iterdir()]
         files.sort(key=lambda file: (file[0], int(file[1].stem)))
-        x = np.stack([sources.decode_photograph(f.read_bytes(), side=84) for _, f in files])
+        x = np.stack([decode.decode_photograph(f.read_bytes(), side=84) for _, f in files])
         return tf.constant(x)[tf.newaxis], tf.constant([[c for c, _ in files]])
 
     # Every second class has two images to learn from, each of which weighs half.
@@ -168,9 +172,9 @@ def test_a_run_of_omniglot_takes_colour_photographs(tmp_path, monkeypatch):
     assert iteration == 7
     for own, saved in zip(network.trainable_variables, learner.network.trainable_variables, strict=True):
         np.testing.assert_array_equal(own, saved)
-    decode = functools.partial(sources.decode_drawing, side=28)
+    read = functools.partial(decode.decode_drawing, side=28)
     folder = written(tmp_path / "drawings", {"a/1.png": 0, "a/2.png": 90, "b/1.png": 255})
-    classes, support = Reader(decode, settings.input_shape).support(folder, 3)
+    classes, support = Reader(read, settings.input_shape).support(folder, 3)
     assert [support.pixels[i].mean() for i in range(3)] == [1, 1, 0]  # dark is ink
     query = support._replace(pixels=support.pixels[[0, 2, 1]])
     monkeypatch.setattr(adapt, "AT_ONCE", 2)  # two parts, the last of which is filled up
@@ -382,7 +386,7 @@ def test_the_command_from_photographs_to_pictures(photographs, tmp_path):
     refused = python("-c", look, *flags, expect=2)
     assert refused.stdout == "False\n" and "bad.png (not an image)" in refused.stderr
     assert not (tmp_path / "out").exists()
-    done = python("-m", "maml.adapt", *flags, "--skip_bad_images")
+    done = python("-m", "maml", "adapt", *flags, "--skip_bad_images")
     assert done.stderr.splitlines() == [
         f"{tmp_path / 'query'}: left out 1 bad images: {tmp_path / 'query'}/bad.png (not an image)"
     ]
@@ -408,5 +412,5 @@ def test_a_forgotten_flag_is_named():
         ((), "found no --support, needed a folder"),
         (("--support=", "--query=x"), "needed a path"),
     ):
-        done = python("-m", "maml.adapt", *flags, expect=2)
+        done = python("-m", "maml", "adapt", *flags, expect=2)
         assert message in done.stderr and len(done.stderr.splitlines()) == 1

@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 
-from maml import results
+from maml.runs import files
 from tests.test_cli import SINUSOID, TINY, assert_same_state, checkpoint, maml
 
 
@@ -38,7 +38,7 @@ def entries(run):
 
 
 def test_validations_are_kept_as_shown_in_tensorboard(run):
-    rows = results.validations(run)
+    rows = files.validations(run)
     assert list(rows) == [100, 200, 300]
     steps = range(11)
     losses = {f"loss/{part}_after_{j}_steps" for part in ("support", "query") for j in steps}

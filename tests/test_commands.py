@@ -1,4 +1,4 @@
-"""`maml.prepare` and `maml.show_episodes`, as their users meet them, and the picture that is drawn."""
+"""`maml prepare` and `maml show_episodes`, as their users meet them, and the picture."""
 
 import pathlib
 import subprocess
@@ -9,9 +9,9 @@ import pytest
 import tensorflow as tf
 from PIL import Image
 
-from maml import figures, show_episodes
-from maml.datasets import ClassImages, ImageClasses
+from maml.datasets.image_classes import ClassImages, ImageClasses
 from maml.episodes import EpisodeSpec
+from maml.reports import episode_pictures
 from tests import forked
 from tests.test_cli import python
 
@@ -19,7 +19,7 @@ from tests.test_cli import python
 def command(
     module: str, *arguments: str, cache: pathlib.Path, expect: int = 0
 ) -> subprocess.CompletedProcess:
-    return python("-m", module, *arguments, expect=expect, MAML_CACHE_DIR=str(cache))
+    return python("-m", "maml", module, *arguments, expect=expect, MAML_CACHE_DIR=str(cache))
 
 
 @pytest.fixture
@@ -37,7 +37,7 @@ def photographs(tmp_path) -> pathlib.Path:
 
 def test_prepare_then_show(photographs, tmp_path):
     cache = tmp_path / "cache"
-    done = command("maml.prepare", "folder", f"--data_dir={photographs}", "--img_size=20", cache=cache)
+    done = command("prepare", "folder", f"--data_dir={photographs}", "--img_size=20", cache=cache)
     assert [line.split() for line in done.stdout.splitlines()[1:]] == [
         [split, "3", "classes", "of", "4", "images"] for split in ("train", "val", "test")
     ]
@@ -45,7 +45,7 @@ def test_prepare_then_show(photographs, tmp_path):
     assert len(before) == 3
     flags = ("--datasource=folder", f"--data_dir={photographs}", "--img_size=20", "--num_classes=3",
              "--update_batch_size=1", f"--out={tmp_path / 'e.png'}", "--episodes=2")  # fmt: skip
-    done = command("maml.show_episodes", *flags, cache=cache)
+    done = command("show_episodes", *flags, cache=cache)
     assert done.stdout == f"wrote {tmp_path / 'e.png'}\n" and done.stderr == ""
     with Image.open(tmp_path / "e.png") as picture:
         assert picture.width > 500
@@ -55,17 +55,17 @@ def test_prepare_then_show(photographs, tmp_path):
 @pytest.mark.parametrize(
     ("module", "arguments", "message"),
     [
-        ("maml.prepare", (), "found nothing, needed one data set"),
-        ("maml.prepare", ("cifar",), "found cifar, needed one of miniimagenet, omniglot, folder"),
+        ("prepare", (), "found nothing, needed one data set"),
+        ("prepare", ("cifar",), "found cifar, needed one of miniimagenet, omniglot, folder"),
         (
-            "maml.prepare",
+            "prepare",
             ("miniimagenet", "--data_dir=/nowhere"),
             "Put there one of: ILSVRC2012_img_train.tar",
         ),
-        ("maml.show_episodes", ("--out=episodes.jpg",), "needed the name of a PNG file"),
-        ("maml.show_episodes", ("--out=/nowhere/episodes.png",), "in a folder that exists"),
-        ("maml.show_episodes", ("--episodes=0",), "episodes"),
-        ("maml.show_episodes", ("stray",), "found stray"),
+        ("show_episodes", ("--out=episodes.jpg",), "needed the name of a PNG file"),
+        ("show_episodes", ("--out=/nowhere/episodes.png",), "in a folder that exists"),
+        ("show_episodes", ("--episodes=0",), "episodes"),
+        ("show_episodes", ("stray",), "found stray"),
     ],
 )
 def test_mistakes_get_one_line_and_exit_code_2(module, arguments, message, tmp_path):
@@ -82,7 +82,7 @@ def test_the_picture_has_a_column_per_class_and_the_support_above(tmp_path, monk
     spec = EpisodeSpec(way=3, shot=1, query=2, seed=5)
     drawn = []
     monkeypatch.setattr("matplotlib.axes.Axes.imshow", lambda self, image, **_: drawn.append(image))
-    figures.episode_grid(tmp_path / "e.png", data, {"train": spec}, episodes=2)
+    episode_pictures.episode_grid(tmp_path / "e.png", data, {"train": spec}, episodes=2)
     assert (tmp_path / "e.png").is_file()
     for i, image in enumerate(drawn):
         episode = data.sample(spec, "train", tf.constant([i], tf.int64))
@@ -123,5 +123,5 @@ def test_a_new_run_shows_its_first_episodes(change, shown):
         written[tag] = writer
 
     run = types.SimpleNamespace(iteration=change.get("iteration", 0), write_picture=write_picture)
-    show_episodes.write_first_episodes(run, ImageClasses("test", splits), settings)
+    episode_pictures.write_first_episodes(run, ImageClasses("test", splits), settings)
     assert written == {f"episodes/{split}": writer for split, writer in shown.items()}

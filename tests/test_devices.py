@@ -8,11 +8,14 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from maml import devices, settings
 from maml.episodes import Episode
-from maml.learner import Maml, cross_entropy
-from maml.networks import conv4, mlp
-from maml.settings import UserError
+from maml.errors import UserError
+from maml.learners.losses import cross_entropy
+from maml.learners.maml import Maml
+from maml.networks.conv4 import conv4
+from maml.networks.mlp import mlp
+from maml.settings import settings
+from maml.training import devices
 from tests.forked import Program
 
 TASKS, WAY = 6, 3

@@ -16,7 +16,7 @@ import pytest
 import setuptools
 
 import maml
-from maml.settings import FLAGS
+from maml.settings.settings import FLAGS
 
 ROOT = pathlib.Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "data" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -197,7 +197,7 @@ def test_what_a_page_names_exists(page):
         "nothing_of_this_name(x)",
         "Maml.nothing",
         "networks.nothing",
-        "maml.networks.nothing",
+        "maml.networks.layers.nothing",
         "maml.nothing",
         "Nobody.inner_step",
         "nothing_of_this_name.json",
@@ -291,8 +291,8 @@ def rows(text: str) -> dict[str, list[str]]:
 
 
 def test_the_example_tells_norms_that_can_be_differentiated_twice_from_others():
-    right = {"keras.ops.mean, keras.ops.var", "tf.math.reduce_variance", "maml.networks.BatchNorm",
-             "maml.networks.LayerNorm"}  # fmt: skip
+    right = {"keras.ops.mean, keras.ops.var", "tf.math.reduce_variance", "maml.networks.layers.BatchNorm",
+             "maml.networks.layers.LayerNorm"}  # fmt: skip
     assert len(example_rows()) == 9 and right < example_rows().keys()
     for name, errors in example_rows().items():
         first, second, meta = map(float, errors)

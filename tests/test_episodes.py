@@ -3,10 +3,13 @@
 import numpy as np
 import pytest
 
-from maml import datasets
-from maml.datasets import ClassImages, ImageClasses, Sinusoid, load_omniglot
-from maml.episodes import SPLITS, Episode, EpisodeSpec, Stream, _mix, stream_blocks
-from maml.settings import UserError
+from maml.datasets.image_classes import ClassImages, ImageClasses
+from maml.datasets.omniglot import OMNIGLOT_SPLIT, load_omniglot
+from maml.datasets.random_stream import Stream, _mix
+from maml.datasets.sinusoid import Sinusoid
+from maml.episodes import SPLITS, Episode, EpisodeSpec
+from maml.errors import UserError
+from maml.training.loop import stream_blocks
 
 import tensorflow as tf  # isort: skip
 
@@ -254,7 +257,7 @@ def fingerprints(images: np.ndarray) -> list[bytes]:
 
 def test_omniglot_has_its_characters_and_drawings(omniglot):
     shapes = {split: images.shape for split, images in omniglot.items()}
-    assert shapes == {split: (n, 20, 28, 28, 1) for split, n in datasets.OMNIGLOT_SPLIT.items()}
+    assert shapes == {split: (n, 20, 28, 28, 1) for split, n in OMNIGLOT_SPLIT.items()}
     assert (shapes["train"][0], shapes["val"][0], shapes["test"][0]) == (1100, 100, 423)
 
 

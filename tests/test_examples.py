@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 
 from examples.logistic_regression import DIMENSIONS, RELEVANT, SPEC, Points, linear, main, meta_train
-from maml.episodes import SPLITS, Episode, EpisodeSpec, Stream, stream_blocks
-from maml.evaluate import Series, measure_tasks, series
-from maml.settings import UserError
+from maml.datasets.random_stream import Stream
+from maml.episodes import SPLITS, Episode, EpisodeSpec
+from maml.errors import UserError
+from maml.training.evaluate import Series, measure_tasks, series
+from maml.training.loop import stream_blocks
 
 import tensorflow as tf  # isort: skip
 

@@ -10,9 +10,10 @@ import zlib
 import numpy as np
 import pytest
 
-from maml import image_cache
-from maml.image_cache import ImageFile, ImageSource, cached
-from maml.settings import UserError
+from maml.datasets.images import cache as image_cache
+from maml.datasets.images.cache import cached
+from maml.datasets.images.source import ImageFile, ImageSource
+from maml.errors import UserError
 
 SHAPE = (4, 4, 3)
 

@@ -13,10 +13,11 @@ import pytest
 
 import maml
 from examples import few_images, own_model
-from maml import Failure, Learner, UserError, build, cross_entropy, load_run, mean_squared_error
-from maml.datasets import Sinusoid
-from maml.run import Run
-from maml.settings import parse
+from maml import Failure, Learner, UserError, cross_entropy, load_run, mean_squared_error
+from maml.datasets.sinusoid import Sinusoid
+from maml.runs import build
+from maml.runs.folder import Run
+from maml.settings.settings import parse
 from tests.test_library_layers import KINDS, LOGITS, episodes, meta_batch, network
 
 import keras  # isort: skip
@@ -40,7 +41,7 @@ def test_training_is_the_programs():
     assert ours.maml.tasks == theirs.tasks and ours.maml.tasks.vectorize
     spec, source = build.train_spec(settings), Sinusoid()
 
-    stream = maml.episodes.stream_blocks(source, spec, "train", meta_batch=4, block=100)
+    stream = maml.training.loop.stream_blocks(source, spec, "train", meta_batch=4, block=100)
     measures = [theirs.metatrain_block(next(stream), tf.constant(0), tf.constant(last)) for last in (100, 20)]
     history = [
         ours.fit(source, spec=spec, iterations=count, meta_batch=4, progress=False) for count in (70, 50)
@@ -75,7 +76,7 @@ def test_a_convolution_trains_as_the_program_does():
     same_meta_gradients(theirs, ours.maml)
 
 
-def default_map(settings) -> maml.task_map.TaskMap:
+def default_map(settings) -> maml.training.task_map.TaskMap:
     return build.build_learner(settings, build.build_network(settings, (1,))).tasks
 
 
@@ -133,7 +134,7 @@ model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1)])
 learner = Learner(model, "mse", inner_lr=0.1, jit_compile=False)
 result = learner.evaluate(Sinusoid(), tasks=2, spec=EpisodeSpec(1, 5, 5, seed=0))
 assert result.query["loss"].shape == (2, 2)
-assert "maml.settings" not in sys.modules
+assert "maml.settings.settings" not in sys.modules
 flags.DEFINE_integer("seed", 0, "of the program's own")
 flags.DEFINE_bool("train", True, "of the program's own")
 """

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from maml import EpisodeSpec, Learner, UserError, cross_entropy, mean_squared_error
-from maml.datasets import Sinusoid
-from maml.given_episodes import Needs, training_blocks
-from maml.keras_models import scalar_loss, takes_labels
+from maml.datasets.sinusoid import Sinusoid
+from maml.learners.losses import scalar_loss, takes_labels
+from maml.training.given import Needs, training_blocks
 from tests.test_library_layers import LOGITS, WAY, episodes, network
 
 import keras  # isort: skip

@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 
 from maml.episodes import Episode
-from maml.learner import Maml, cross_entropy, mean_squared_error
-from maml.networks import conv4, mlp
+from maml.learners.losses import cross_entropy, mean_squared_error
+from maml.learners.maml import Maml
+from maml.networks.conv4 import conv4
+from maml.networks.mlp import mlp
 
 import keras  # isort: skip
 import tensorflow as tf  # isort: skip
@@ -173,7 +175,7 @@ def _moments(x: tf.Tensor, axis: int, epsilon: float) -> tf.Tensor:
 @pytest.mark.parametrize("norm", ["batch_norm", "layer_norm"])
 @pytest.mark.parametrize("name", ["conv_strided", "mlp_images"])
 def test_these_tests_would_notice_the_moments_of_tensorflow(name, norm, monkeypatch):
-    monkeypatch.setattr("maml.networks.standardise", _moments)
+    monkeypatch.setattr("maml.networks.standardise.standardise", _moments)
     worst = {}
     for first_order in (False, True):
         rng = np.random.default_rng(SEED)

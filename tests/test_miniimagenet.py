@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from maml import image_cache, miniimagenet, safe_pickle
-from maml.settings import UserError
+from maml.datasets import miniimagenet
+from maml.datasets.images import cache as image_cache
+from maml.datasets.images import pickles
+from maml.errors import UserError
 
 TABLE = {
     "train": {"n00000001": (1, 2, 4), "n00000002": (2, 3, 5)},
@@ -187,7 +189,7 @@ def test_arrays_of_all_kinds_come_back_from_a_pickle(protocol, tmp_path):
     ]
     path = tmp_path / "a.pkl"
     path.write_bytes(pickle.dumps({"arrays": arrays, "one": np.int64(7), "set": {1}}, protocol=protocol))
-    contents = safe_pickle.load(path)
+    contents = pickles.load(path)
     assert contents["one"] == 7 and contents["set"] == {1}
     for read_back, array in zip(contents["arrays"], arrays, strict=True):
         assert read_back.dtype == array.dtype
@@ -227,7 +229,7 @@ def test_a_pickle_that_asks_for_code_is_refused_and_not_run(evil, named, tmp_pat
     path = tmp_path / "mini-imagenet-cache-train.pkl"
     path.write_bytes(evil(mark))
     with pytest.raises(UserError, match=rf"train.pkl: found .*{named}.*was not loaded"):
-        safe_pickle.load(path)
+        pickles.load(path)
     assert not mark.exists()
 
 
@@ -238,7 +240,7 @@ def test_a_damaged_pickle_is_one_message(data, tmp_path):
     path = tmp_path / "a.pkl"
     path.write_bytes(data)
     with pytest.raises(UserError, match=r"a.pkl: not a whole pickle .* Fetch the file again"):
-        safe_pickle.load(path)
+        pickles.load(path)
 
 
 # Mistakes

@@ -5,17 +5,15 @@ import contextlib
 import numpy as np
 import pytest
 
-from maml import networks
-from maml.networks import (
-    BatchNorm,
-    LayerNorm,
-    adapted_weights,
-    batch_statistics,
-    conv4,
-    mlp,
-    original_names,
-    standardise,
-)
+from maml.networks import layers
+from maml.networks import mlp as mlp_module
+from maml.networks import standardise as standardise_module
+from maml.networks.conv4 import conv4
+from maml.networks.layers import BatchNorm, LayerNorm, batch_statistics
+from maml.networks.mlp import mlp
+from maml.networks.standardise import standardise
+from maml.networks.stateless import adapted_weights
+from maml.runs.original import original_names
 
 import keras  # isort: skip
 import tensorflow as tf  # isort: skip
@@ -30,11 +28,11 @@ def mini_imagenet(norm="batch_norm") -> keras.Model:
 
 
 def sinusoid() -> keras.Model:
-    return mlp((1,), 1, hidden=networks.MLP_SINUSOID)
+    return mlp((1,), 1, hidden=mlp_module.MLP_SINUSOID)
 
 
 def omniglot_mlp(norm="batch_norm") -> keras.Model:
-    return mlp((28, 28, 1), 5, hidden=networks.MLP_IMAGES, norm=norm)
+    return mlp((28, 28, 1), 5, hidden=mlp_module.MLP_IMAGES, norm=norm)
 
 
 def shapes(network: keras.Model) -> dict[str, tuple[int, ...]]:
@@ -274,7 +272,7 @@ def slope(function, x: np.ndarray, direction: np.ndarray) -> float:
 def every_rule(request, monkeypatch):
     """Small maps take the plain rules, large ones the compiled; here both are small."""
     if request.param == "compiled":
-        monkeypatch.setattr(networks, "LARGE_MAP", 1)
+        monkeypatch.setattr(standardise, "LARGE_MAP", 1)
 
 
 @pytest.mark.parametrize("axis", [0, 1])
@@ -338,7 +336,7 @@ def test_standardise_has_derivatives_of_any_order(axis, every_rule):
 def test_standardise_does_not_lose_the_variance_behind_a_large_mean(channels):
     rng = np.random.default_rng(0)
     x = (rng.normal(size=(35_280, channels)) + 100).astype(np.float32)
-    assert (x.size >= networks.LARGE_MAP) == (channels == 32)
+    assert (x.size >= standardise_module.LARGE_MAP) == (channels == 32)
     error = standardise(tf.constant(x), 0, 1e-3).numpy() - reference(x.astype(np.float64), 0, 1e-3)
     assert np.abs(error).max() < 1.5e-3  # mean(x²) − mean(x)² would be off by several times that
 
@@ -346,7 +344,7 @@ def test_standardise_does_not_lose_the_variance_behind_a_large_mean(channels):
 def test_the_means_of_large_maps_keep_the_digits_of_float32():
     """XLA would join a sum of sums to a long one, which does not."""
     x = np.maximum(np.random.default_rng(0).normal(size=(35_280, 32)), 0).astype(np.float32) + 0.5
-    found = tf.function(networks._mean_in_blocks, jit_compile=True)(tf.constant(x), 0).numpy()
+    found = tf.function(standardise_module._mean_in_blocks, jit_compile=True)(tf.constant(x), 0).numpy()
     np.testing.assert_allclose(found, x.mean(0, dtype=np.float64, keepdims=True), rtol=1e-6)
 
 
@@ -371,7 +369,7 @@ def test_pooling_is_keras_in_value_and_both_derivatives(side):
             along = tf.reduce_sum(gradient * direction)
         return [y, gradient, outer.gradient(along, x)]
 
-    ours = derivatives(networks.MaxPool(dtype="float64"))
+    ours = derivatives(layers.MaxPool(dtype="float64"))
     keras_own = derivatives(keras.layers.MaxPooling2D(2, dtype="float64"))
     assert float(tf.norm(keras_own[2])) > 0.1
     for found, needed in zip(ours, keras_own, strict=True):
@@ -380,7 +378,7 @@ def test_pooling_is_keras_in_value_and_both_derivatives(side):
 
 def test_pooling_before_the_relu_is_pooling_after_it():
     x = tf.constant(np.random.default_rng(0).normal(size=(3, 8, 8, 2)))
-    pool, gradients = networks.MaxPool(dtype="float64"), []
+    pool, gradients = layers.MaxPool(dtype="float64"), []
     for both in (lambda x: tf.nn.relu(pool(x)), lambda x: pool(tf.nn.relu(x))):
         with tf.GradientTape() as tape:
             tape.watch(x)

@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from maml import original
-from maml.build import build_network
-from maml.settings import UserError, parse
+from maml.errors import UserError
+from maml.runs import original
+from maml.runs.build import build_network
+from maml.settings.settings import parse
 
 FLAGS = ("--datasource=miniimagenet", "--num_classes=5", "--update_batch_size=1")
 

@@ -1,4 +1,4 @@
-"""`maml.protocol`: the figures of `main.py --train=False`, for every combination of its switches."""
+"""`maml protocol`: the figures of `main.py --train=False`, for every combination of its switches."""
 
 import csv
 import json
@@ -9,8 +9,8 @@ import subprocess
 
 import pytest
 
-from maml import protocol
-from maml.settings import UserError
+from maml.errors import UserError
+from maml.runs import load
 from tests import forked
 from tests.test_cli import maml, python
 
@@ -19,7 +19,7 @@ OMNIGLOT = "cls_5.mbs_2.ubs_6.numstep1.updatelr0.4hidden8batchnorm"
 
 
 def shown(*arguments: str, expect: int = 0) -> subprocess.CompletedProcess:
-    return forked.run("-m", "maml.protocol", *arguments, expect=expect)
+    return forked.run("-m", "maml", "protocol", *arguments, expect=expect)
 
 
 def rows(run: pathlib.Path, split: str) -> list[dict[str, str]]:
@@ -76,7 +76,7 @@ def sinusoid(tmp_path_factory) -> pathlib.Path:
 
 def test_the_sinusoid_has_the_figures_of_main(sinusoid):
     best_is(sinusoid, 200, "loss/query_after_1_steps", 0.0)
-    done = python("-m", "maml.protocol", str(sinusoid), "--num_test_tasks=620")
+    done = python("-m", "maml", "protocol", str(sinusoid), "--num_test_tasks=620")
     assert done.stderr == ""
     head = f"{sinusoid}: sinusoid 4-shot, 620 meta-validation tasks, seed 0, second order, α 0.001"
     assert head in done.stdout.splitlines()
@@ -134,19 +134,19 @@ def test_omniglot_has_the_figures_of_main(data_dir, tmp_path):
 
 def test_a_folder_that_is_no_run_or_has_another_name_is_refused(sinusoid, tmp_path):
     with pytest.raises(UserError, match="found no flags in it, needed a run folder"):
-        protocol.test_settings(tmp_path, [])
+        load.test_settings(tmp_path, [])
     renamed = tmp_path / "mine"
     renamed.mkdir()
     shutil.copy(sinusoid / "flags", renamed)
     with pytest.raises(UserError, match=f"named mine, needed {re.escape(SINUSOID)}"):
-        protocol.test_settings(renamed, [])
+        load.test_settings(renamed, [])
     with pytest.raises(UserError, match=r"needed cls_5\.mbs_9"):
-        protocol.test_settings(sinusoid, ["--meta_batch_size=9"])
+        load.test_settings(sinusoid, ["--meta_batch_size=9"])
 
 
 def test_a_link_stands_for_its_run(sinusoid, tmp_path):
     (tmp_path / "link").symlink_to(sinusoid)
-    settings = protocol.test_settings(tmp_path / "link", ["--num_test_tasks=7"])
+    settings = load.test_settings(tmp_path / "link", ["--num_test_tasks=7"])
     assert settings.run_dir == sinusoid.resolve()
     assert (settings.train, settings.num_test_tasks, settings.update_batch_size) == (False, 7, 4)
 

@@ -7,9 +7,12 @@ import re
 
 import pytest
 
-from maml import launch, report, reproduce
-from maml.cells import CELLS, Figure
-from maml.settings import UserError, parse
+from maml.commands import reproduce
+from maml.errors import UserError
+from maml.reports import results_page
+from maml.reports.published import CELLS, Figure
+from maml.settings import jobs
+from maml.settings.settings import parse
 from tests import forked
 from tests.test_cli import ROOT
 
@@ -57,7 +60,7 @@ def test_flagfiles_hold_the_papers_settings_and_name_its_place(cell):
 
 def run(logdir, *arguments, expect=0):
     folders = f"--logdir={logdir}", f"--results_dir={logdir}/results"
-    return forked.run("-m", "maml.reproduce", *folders, *arguments, expect=expect, timeout=600)
+    return forked.run("-m", "maml", "reproduce", *folders, *arguments, expect=expect, timeout=600)
 
 
 @pytest.fixture(scope="module")
@@ -134,13 +137,13 @@ def test_bad_requests_are_refused(tmp_path):
 
 def test_differences():
     ours = [Figure(97.0, 0.8)]
-    assert report._difference(ours, Figure(98.0, 0.3), True) == "-1.00, within"
-    assert report._difference(ours, Figure(98.2, 0.3), True) == "-1.20, **outside**"
+    assert results_page._difference(ours, Figure(98.0, 0.3), True) == "-1.00, within"
+    assert results_page._difference(ours, Figure(98.2, 0.3), True) == "-1.20, **outside**"
     # Three seeds: mean 2, standard deviation 1, interval 1.96/√3 = 1.132.
     seeds = [Figure(mean, 0.1) for mean in (1.0, 2.0, 3.0)]
-    assert report._shown_over_seeds(seeds, False) == "2.000 ± 1.132 (1.000–3.000)"
-    assert report._difference(seeds, Figure(3.1), False) == "-1.100, within"
-    assert report._difference(seeds, Figure(3.2), False) == "-1.200, **outside**"
+    assert results_page._shown_over_seeds(seeds, False) == "2.000 ± 1.132 (1.000–3.000)"
+    assert results_page._difference(seeds, Figure(3.1), False) == "-1.100, within"
+    assert results_page._difference(seeds, Figure(3.2), False) == "-1.200, **outside**"
 
 
 def test_scaled_baselines_train_for_the_part_asked(tmp_path):
@@ -153,9 +156,9 @@ def test_scaled_baselines_train_for_the_part_asked(tmp_path):
 
 def test_jobs_are_refused_before_anything_runs():
     with pytest.raises(UserError, match="baseline"):
-        launch.job(["--datasource=omniglot", "--baseline=oracle"])
+        jobs.job(["--datasource=omniglot", "--baseline=oracle"])
     with pytest.raises(UserError, match="no_such_flag"):
-        launch.job(["--no_such_flag=1"])
-    shown = launch.job(["--logdir=/a", "--data_dir=/b", "--norm=None"]).command
+        jobs.job(["--no_such_flag=1"])
+    shown = jobs.job(["--logdir=/a", "--data_dir=/b", "--norm=None"]).command
     assert shown == "python main.py --norm=None"
     assert pathlib.Path(reproduce.flagfile("sinusoid_5shot")).is_file()

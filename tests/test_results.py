@@ -6,8 +6,9 @@ import json
 
 import numpy as np
 
-from maml import evaluate, results
-from maml.settings import parse
+from maml.runs import results
+from maml.settings.settings import parse
+from maml.training import evaluate
 
 TASKS = range(2, 22)
 

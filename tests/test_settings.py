@@ -6,7 +6,8 @@ import pathlib
 import pytest
 from absl import flags
 
-from maml.settings import FLAGS, Settings, UserError, as_flagfile, resolve
+from maml.errors import UserError
+from maml.settings.settings import FLAGS, Settings, as_flagfile, resolve
 
 # The original's flags: (name, type, default).
 ORIGINAL = [

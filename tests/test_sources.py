@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from maml import datasets, sources
-from maml.datasets import ImageClasses
+from maml.datasets import folder, omniglot
+from maml.datasets.image_classes import ImageClasses
+from maml.datasets.images import decode
 from maml.episodes import SPLITS, EpisodeSpec
-from maml.settings import UserError
+from maml.errors import UserError
 
 import tensorflow as tf  # isort: skip
 
@@ -35,7 +36,7 @@ def checksum(source: ImageClasses) -> str:
 @pytest.fixture(scope="module")
 def unpacked(data_dir, tmp_path_factory) -> pathlib.Path:
     folder = tmp_path_factory.mktemp("unpacked")
-    for part in sources.OMNIGLOT_PARTS:
+    for part in omniglot.OMNIGLOT_PARTS:
         with zipfile.ZipFile(data_dir / "omniglot" / f"{part}.zip") as archive:
             archive.extractall(folder / "omniglot")
     return folder
@@ -43,21 +44,21 @@ def unpacked(data_dir, tmp_path_factory) -> pathlib.Path:
 
 @pytest.fixture(scope="module")
 def expected(data_dir) -> str:
-    return checksum(datasets.load_omniglot(data_dir, 0))
+    return checksum(omniglot.load_omniglot(data_dir, 0))
 
 
 def test_omniglot_decodes_as_1_bit_nearest_neighbour(data_dir):
-    classes = sources.omniglot(data_dir).splits["all"]
+    classes = omniglot.omniglot(data_dir).splits["all"]
     assert len(classes) == 1623
     for name in sorted(classes)[::40]:
         raw = classes[name][3].read()
         with Image.open(io.BytesIO(raw)) as drawing:
             ink = ~np.asarray(drawing.convert("1").resize((28, 28), Image.Resampling.NEAREST))
-        np.testing.assert_array_equal(sources.decode_drawing(raw, side=28)[..., 0], ink)
+        np.testing.assert_array_equal(decode.decode_drawing(raw, side=28)[..., 0], ink)
 
 
 def test_omniglot_is_the_same_from_zips_and_folders(unpacked, expected):
-    assert checksum(datasets.load_omniglot(unpacked, 0)) == expected
+    assert checksum(omniglot.load_omniglot(unpacked, 0)) == expected
 
 
 @pytest.mark.parametrize("name", ["omniglot_resized", "omniglot"])
@@ -68,7 +69,7 @@ def test_omniglot_is_the_same_from_the_originals_resized_tree(unpacked, expected
         with Image.open(path) as drawing:
             drawing.resize((28, 28), resample=Image.Resampling.LANCZOS).save(target)
     (tmp_path / name / "resize_images.py").write_text("")
-    assert checksum(datasets.load_omniglot(tmp_path, 0)) == expected
+    assert checksum(omniglot.load_omniglot(tmp_path, 0)) == expected
 
 
 def test_omniglot_is_the_same_from_tensorflow_datasets(unpacked, expected, tmp_path, monkeypatch):
@@ -77,7 +78,7 @@ def test_omniglot_is_the_same_from_tensorflow_datasets(unpacked, expected, tmp_p
     # The builder wants two small excerpts too; they must not be empty and are of no use to us.
     excerpt = next((unpacked / "omniglot" / "images_background").iterdir())
     folders = {}
-    parts = [*sources.OMNIGLOT_PARTS, "small1", "small2"]
+    parts = [*omniglot.OMNIGLOT_PARTS, "small1", "small2"]
     for key, part in zip(("train", "eval", "small1", "small2"), parts, strict=True):
         inside = tmp_path / "extracted" / key / part
         if key.startswith("small"):
@@ -87,14 +88,14 @@ def test_omniglot_is_the_same_from_tensorflow_datasets(unpacked, expected, tmp_p
             inside.symlink_to(unpacked / "omniglot" / part)
         folders[key] = str(inside.parent)
     monkeypatch.setattr(tfds.download.DownloadManager, "download_and_extract", lambda *_: folders)
-    monkeypatch.setattr(sources.socket, "create_connection", lambda *_, **__: io.BytesIO())
+    monkeypatch.setattr(omniglot.socket, "create_connection", lambda *_, **__: io.BytesIO())
     (tmp_path / "data").mkdir()
-    assert checksum(datasets.load_omniglot(tmp_path / "data", 0)) == expected
+    assert checksum(omniglot.load_omniglot(tmp_path / "data", 0)) == expected
     assert os.listdir(tmp_path / "data") == ["omniglot"]
     monkeypatch.undo()
-    again = sources.omniglot(tmp_path / "data")
+    again = omniglot.omniglot(tmp_path / "data")
     classes = again.splits["all"]
-    assert classes.keys() == sources.omniglot(unpacked).splits["all"].keys()
+    assert classes.keys() == omniglot.omniglot(unpacked).splits["all"].keys()
 
 
 def png(colour: int = 0, size: tuple[int, int] = (105, 105)) -> bytes:
@@ -153,7 +154,7 @@ def test_a_bad_omniglot_is_refused(tmp_path, make, message):
     (tmp_path / "omniglot").mkdir()
     make(tmp_path / "omniglot")
     with pytest.raises(UserError, match=message):
-        datasets.load_omniglot(tmp_path, 0)
+        omniglot.load_omniglot(tmp_path, 0)
     assert not list(tmp_path.parent.glob("A"))
 
 
@@ -161,10 +162,10 @@ def test_without_omniglot_and_network_all_forms_are_named(tmp_path, monkeypatch)
     def offline(*_, **__) -> None:
         raise OSError("no network")
 
-    monkeypatch.setattr(sources.socket, "create_connection", offline)
-    monkeypatch.setattr(sources.urllib.request, "getproxies", dict)
+    monkeypatch.setattr(omniglot.socket, "create_connection", offline)
+    monkeypatch.setattr(omniglot.urllib.request, "getproxies", dict)
     with pytest.raises(UserError, match=r"images_background\.zip not found.*no network.*omniglot_resized"):
-        datasets.load_omniglot(tmp_path, 0)
+        omniglot.load_omniglot(tmp_path, 0)
     assert not list(tmp_path.iterdir())
 
 
@@ -215,7 +216,7 @@ KINDS = {
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_of_photograph_becomes_square_rgb(kind):
     raw, upper, lower = KINDS[kind]
-    image = sources.decode_photograph(raw, side=24)
+    image = decode.decode_photograph(raw, side=24)
     assert image.dtype == np.uint8 and image.shape == (24, 24, 3)
     assert tuple(image[0, 0]) == upper and tuple(image[-1, 0]) == lower
 
@@ -223,12 +224,12 @@ def test_every_kind_of_photograph_becomes_square_rgb(kind):
 def test_the_centre_is_cut_out_and_a_large_jpeg_is_near_its_full_decoding():
     image = Image.new("RGB", (900, 600), "green")
     image.paste("white", (150, 0, 750, 600))
-    centre = sources.decode_photograph(encoded(image, "png"), side=24)
+    centre = decode.decode_photograph(encoded(image, "png"), side=24)
     assert (centre[:, 1:-1] > 250).all() and (centre > 230).all()  # the filter sees a little across the cut
     noise = np.random.default_rng(0).integers(0, 256, (75, 100, 3), np.uint8)
     large = Image.fromarray(noise).resize((1200, 900), Image.Resampling.BICUBIC)
-    fast = sources.decode_photograph(encoded(large, "jpeg", quality=95), side=84).astype(float)
-    exact = sources.decode_photograph(np.asarray(large), side=84)
+    fast = decode.decode_photograph(encoded(large, "jpeg", quality=95), side=84).astype(float)
+    exact = decode.decode_photograph(np.asarray(large), side=84)
     assert np.abs(fast - exact).mean() < 5
 
 
@@ -258,7 +259,7 @@ def written(root: pathlib.Path, tree: Tree) -> pathlib.Path:
 
 
 def load(path: pathlib.Path, **options) -> ImageClasses:
-    return datasets.load_photographs(sources.photographs(path), 0, 16, **options)
+    return folder.load_photographs(folder.photographs(path), 0, 16, **options)
 
 
 def deep() -> Tree:
@@ -287,10 +288,10 @@ def test_the_same_episodes_come_from_folder_tar_and_zip(tmp_path, tree, first):
 
 def test_omniglot_read_as_photographs_has_its_964_characters(data_dir):
     path = data_dir / "omniglot" / "images_background.zip"
-    classes = sources.photographs(path).splits["all"]
+    classes = folder.photographs(path).splits["all"]
     assert len(classes) == 964 and {len(files) for files in classes.values()} == {20}
     assert len({name.partition("/")[0] for name in classes}) == 30  # alphabets
-    assert classes.keys() < sources.omniglot(data_dir).splits["all"].keys()
+    assert classes.keys() < omniglot.omniglot(data_dir).splits["all"].keys()
     first = classes["Alphabet_of_the_Magi/character01"][0]
     with zipfile.ZipFile(path) as archive:
         assert first.read() == archive.read("images_background/Alphabet_of_the_Magi/character01/0709_01.png")
@@ -299,9 +300,9 @@ def test_omniglot_read_as_photographs_has_its_964_characters(data_dir):
 def test_one_folder_of_classes_is_split_by_the_seed(tmp_path):
     tree = {f"class{c}/{i}.png": photograph((9 * c, i, 0), "png") for c in range(25) for i in range(2)}
     written(tmp_path, tree)
-    source = sources.photographs(tmp_path)
+    source = folder.photographs(tmp_path)
     parts = [
-        {split: part.names for split, part in datasets.load_photographs(source, seed, 16).splits.items()}
+        {split: part.names for split, part in folder.load_photographs(source, seed, 16).splits.items()}
         for seed in (0, 0, 1)
     ]
     assert [len(names) for names in parts[0].values()] == [16, 4, 5]

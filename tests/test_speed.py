@@ -12,9 +12,9 @@ from benchmarks import speed, speed_worker
 from benchmarks.plain_loop import PlainLoop
 from benchmarks.speed import WORKLOADS, workload_settings
 from benchmarks.speed_worker import agreement, matmul_flops, random_episodes
-from maml import build
-from maml.networks import conv4
-from maml.settings import Settings
+from maml.networks.conv4 import conv4
+from maml.runs import build
+from maml.settings.settings import Settings
 from tests import forked
 from tests.test_cli import python
 

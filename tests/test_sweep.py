@@ -1,4 +1,4 @@
-"""`maml.sweep`, as its user meets it: real runs of the sinusoid, small ones."""
+"""`maml sweep`, as its user meets it: real runs of the sinusoid, small ones."""
 
 import csv
 import json
@@ -14,8 +14,8 @@ import tensorflow as tf
 from PIL import Image
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
-from maml import sweep
-from maml.settings import UserError
+from maml.commands import sweep
+from maml.errors import UserError
 from tests import forked
 from tests.test_cli import ROOT, python
 
@@ -29,7 +29,7 @@ def environment() -> dict[str, str]:
 
 
 def sweeping(*flags: str, expect: int = 0) -> subprocess.CompletedProcess:
-    return forked.run("-m", "maml.sweep", *flags, expect=expect)
+    return forked.run("-m", "maml", "sweep", *flags, expect=expect)
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def swept(tmp_path_factory):
     flagfile = folder / "shots.flags"
     flagfile.write_text("\n".join(["# Does K matter?", GRID, "--name=shots.2", *TINY]))
     flags = (f"--flagfile={flagfile}", f"--logdir={folder / 'logs'}", f"--out={folder / 'out' / 'shots.2'}")
-    return folder, flags, python("-m", "maml.sweep", *flags)
+    return folder, flags, python("-m", "maml", "sweep", *flags)
 
 
 def results_of(folder: pathlib.Path, shot: int) -> dict:
@@ -68,7 +68,7 @@ def test_the_table_has_the_numbers_of_the_runs(swept):
     assert cells(done.stdout) == cells(page)
     assert "Protocol: 10 tasks, queries per class 7, split val," in page and "order 2" in page
     assert "--metatrain_iterations=200" in page and "(shots.2.png)" in page
-    assert f"python -m maml.sweep --flagfile={folder / 'shots.flags'}`" in page
+    assert f"maml sweep --flagfile={folder / 'shots.flags'}`" in page
     assert ", except what follows from the grid (num_query = 10 / 5)." in page
     assert "Not measured" not in page
 
@@ -190,8 +190,8 @@ def test_interrupted_it_has_written_what_was_done(swept):
     folder, _, _ = swept
     out = folder / "stopped" / "shots"
     command = [
-        sys.executable, "-m", "maml.sweep", *TINY, f"--logdir={folder / 'logs'}", f"--out={out}", "--nolog",
-        "--test_num_query=7", "--grid=update_batch_size=5,8,9",
+        sys.executable, "-m", "maml", "sweep", *TINY, f"--logdir={folder / 'logs'}", f"--out={out}",
+        "--nolog", "--test_num_query=7", "--grid=update_batch_size=5,8,9",
     ]  # fmt: skip
     with subprocess.Popen(
         command, cwd=ROOT, env=environment(), text=True, start_new_session=True,

@@ -15,12 +15,15 @@ from tensorboard.backend.event_processing.event_file_loader import EventFileLoad
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from tensorboard.util.tensor_util import make_ndarray
 
-from maml import build, dashboard, evaluate, figures, results
-from maml.datasets import ClassImages, ImageClasses
+from maml.datasets import table
+from maml.datasets.image_classes import ClassImages, ImageClasses
 from maml.episodes import Episode, EpisodeSpec
-from maml.run import Run
-from maml.settings import parse
-from maml.train import train
+from maml.reports import episode_pictures, tensorboard
+from maml.runs import build, results
+from maml.runs.folder import Run
+from maml.runs.train import train
+from maml.settings.settings import parse
+from maml.training import evaluate
 
 LAST = 6  # iterations, each a point of its own and followed by a validation
 FLAGS = (f"--metatrain_iterations={LAST}", "--save_interval=1", "--test_num_updates=2", "--num_test_tasks=4",
@@ -61,9 +64,9 @@ def begun(logdir: pathlib.Path, *flags: str) -> tuple:
     settings = parse([f"--logdir={logdir}", *FLAGS, *flags])
     keras.utils.set_random_seed(0)
     learner = build.build_learner(settings, build.build_network(settings, (1,)))
-    run, data = Run(settings, learner), build.load_data(settings)
+    run, data = Run(settings, learner), table.load_data(settings)
     run.begin(data.sample(build.train_spec(settings), "train", tf.zeros(1, tf.int64)))
-    dashboard.begin(run, data, settings, "this machine")
+    tensorboard.begin(run, data, settings, "this machine")
     return settings, learner, data, run
 
 
@@ -75,7 +78,7 @@ def evaluated(training: tuple, *flags: str) -> dict:
         learner, data, build.test_spec(settings), settings.split, tasks=4, steps=2
     )
     results.write(settings, result, int(run.iteration), "this machine")
-    dashboard.show_tests(run)
+    tensorboard.show_tests(run)
     return results.read(run.dir)[-1]
 
 
@@ -120,7 +123,18 @@ def test_the_norms_per_weight_make_up_that_of_the_meta_gradient(trained):
 
 
 def test_pictures_come_at_some_validations_and_at_the_last(trained):
-    assert [n for n in range(1, 1001) if dashboard.is_drawn(n)] == [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000]
+    assert [n for n in range(1, 1001) if tensorboard.is_drawn(n)] == [
+        1,
+        2,
+        5,
+        10,
+        20,
+        50,
+        100,
+        200,
+        500,
+        1000,
+    ]
     for name in ("curve", "fits"):
         drawn = pictures(trained[3].dir / "validation", f"adaptation/{name}")
         assert list(drawn) == [1, 2, 5, 6]
@@ -195,7 +209,7 @@ def test_every_test_is_a_row_of_hparams_once(trained):
 def test_without_log_nothing_is_written(tmp_path, trained):
     settings, learner, data, run = begun(tmp_path, "--nolog")
     two = {"loss": np.ones((4, 3))}
-    dashboard.record_validation(settings, learner, data, run, evaluate.TestResult(two, two))
+    tensorboard.record_validation(settings, learner, data, run, evaluate.TestResult(two, two))
     evaluated((settings, learner, data, run))
     assert rows_of(run.dir) and not list(tmp_path.rglob("*tfevents*"))
 
@@ -208,7 +222,7 @@ def colours(png: bytes) -> tuple[int, int]:
     with Image.open(io.BytesIO(png)) as picture:
         pixels = np.asarray(picture.convert("RGB")).astype(int)
     counts = []
-    for colour in (figures.GREEN, figures.RED):
+    for colour in (episode_pictures.GREEN, episode_pictures.RED):
         wanted = [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
         counts.append(int((np.abs(pixels - wanted).max(axis=-1) < 12).sum()))
     return counts[0], counts[1]
@@ -231,7 +245,7 @@ def test_right_and_wrong_predictions_have_other_frames(tmp_path):
         outputs = np.repeat(np.eye(3)[predicted][:, np.newaxis], 3, axis=1)
         measures = {name: np.full((2, 3), 0.5) for name in ("loss", "accuracy")}
         result = evaluate.TestResult(measures, measures, outputs)
-        dashboard.record_validation(settings, learner, data, run, result)
+        tensorboard.record_validation(settings, learner, data, run, result)
     drawn = pictures(run.dir / "validation", "adaptation/predictions")
     (no_green, all_red), (green, red) = colours(drawn[1]), colours(drawn[2])
     assert no_green < 30 and red > 0
@@ -242,7 +256,7 @@ def test_of_many_queries_the_first_few_are_drawn():
     spec = EpisodeSpec(way=5, shot=1, query=15, seed=0)
     y = np.repeat(np.arange(5), 15)[None]
     x = np.full((1, 75, 28, 28, 1), 0.5)
-    png = figures.predictions(
+    png = episode_pictures.predictions(
         Episode(x[:, ::15], y[:, ::15], x, y), y, spec, names=None, scale=1.0, title="all right"
     )
     with Image.open(io.BytesIO(png)) as picture:

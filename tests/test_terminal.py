@@ -12,10 +12,11 @@ import sys
 
 import pytest
 
-from maml import flag_parsing, flag_table, help_text, launch
-from maml.cli import COMMANDS
-from maml.results import saved_iterations
-from maml.settings import FLAGS, UserError, parse
+from maml.commands.train import COMMANDS
+from maml.errors import UserError
+from maml.runs.files import saved_iterations
+from maml.settings import flags, help, jobs, parsing
+from maml.settings.settings import FLAGS, parse
 from tests.test_cli import ROOT, SINUSOID, python
 
 OURS = {flag.name for flag in FLAGS.flags_by_module_dict()["maml.settings"]}
@@ -24,19 +25,19 @@ FLAG = re.compile(r"^  --(?:\[no\])?(\w+)", re.MULTILINE)
 
 def help_at(columns: int, monkeypatch, **more) -> str:
     monkeypatch.setenv("COLUMNS", str(columns))
-    return help_text.page("usage", FLAGS, **more)
+    return help.page("usage", FLAGS, **more)
 
 
 # --- Help ---------------------------------------------------------------------------------------------
 
 
 def test_every_flag_stands_under_exactly_one_heading(monkeypatch):
-    under = collections.Counter(name for topic in flag_table.TOPICS for name in flag_table.names(topic))
+    under = collections.Counter(name for topic in flags.TOPICS for name in flags.names(topic))
     assert under == dict.fromkeys(OURS, 1)
     text = help_at(100, monkeypatch)
     assert collections.Counter(FLAG.findall(text)) == under
     headings = [line for line in text.splitlines() if line and not line.startswith(" ")]
-    assert headings == ["usage", *flag_table.TOPICS, "More: --helpfull"]
+    assert headings == ["usage", *flags.TOPICS, "More: --helpfull"]
 
 
 @pytest.mark.parametrize("columns", [60, 80, 100])
@@ -77,11 +78,11 @@ def test_every_command_is_a_module(name):
 
 def test_a_command_is_its_module():
     by_name = python("main.py", "reproduce", "--helpshort").stdout
-    assert by_name == python("-m", "maml.reproduce", "--helpshort").stdout
+    assert by_name == python("-m", "maml", "reproduce", "--helpshort").stdout
     assert by_name.startswith("The paper's experiments: `python main.py reproduce [CELL …]`")
     assert FLAG.findall(by_name)[:4] == ["scale", "seeds", "results_dir", "datasource"]
     refused = python("-m", "maml", "prepare", "cifar", expect=2)
-    assert refused.stderr == python("-m", "maml.prepare", "cifar", expect=2).stderr
+    assert refused.stderr == python("-m", "maml", "prepare", "cifar", expect=2).stderr
     assert "found cifar, needed one of miniimagenet" in refused.stderr
 
 
@@ -112,12 +113,12 @@ def test_flagfiles_that_come_along_can_be_named_in_any_folder(tmp_path, monkeypa
 
 
 def test_commands_that_are_shown_can_be_typed_anywhere(tmp_path, monkeypatch):
-    job = launch.job([f"--flagfile={flag_parsing.flagfiles()}/sinusoid_5shot.flags", "--seed=1"])
+    job = jobs.job([f"--flagfile={parsing.flagfiles()}/sinusoid_5shot.flags", "--seed=1"])
     assert job.command == "python main.py --flagfile=flags/sinusoid_5shot.flags --seed=1"
     shutil.copytree(ROOT / "flags", tmp_path / "maml" / "flagfiles")  # as it is installed
-    for module in (help_text, flag_parsing):
+    for module in (help, parsing):
         monkeypatch.setattr(module, "__file__", str(tmp_path / "maml" / "module.py"))
-    installed = launch.job([f"--flagfile={tmp_path}/maml/flagfiles/sinusoid_5shot.flags", "--seed=1"])
+    installed = jobs.job([f"--flagfile={tmp_path}/maml/flagfiles/sinusoid_5shot.flags", "--seed=1"])
     assert installed.command == "maml --flagfile=flags/sinusoid_5shot.flags --seed=1"
 
 

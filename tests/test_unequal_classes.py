@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import settings as budget
 from hypothesis import strategies as st
 
-from maml.datasets import ClassImages, ImageClasses
+from maml.datasets.image_classes import ClassImages, ImageClasses
 from maml.episodes import EpisodeSpec
 
 import tensorflow as tf  # isort: skip
@@ -64,7 +64,7 @@ def test_images_of_unequal_classes_are_uniform():
 
 def test_mapped_images_are_not_copied_into_memory(tmp_path):
     """Of 400 MB of images, an episode stream touches what it draws."""
-    from maml.episodes import stream_blocks
+    from maml.training.loop import stream_blocks
 
     path, n = tmp_path / "train.bin", 20_000
     with path.open("wb") as file:

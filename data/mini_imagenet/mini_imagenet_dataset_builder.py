@@ -1,12 +1,12 @@
-"""mini-ImageNet for TensorFlow Datasets, read by `maml.miniimagenet`."""
+"""mini-ImageNet for TensorFlow Datasets, read by `maml.datasets.miniimagenet`."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import tensorflow_datasets.public_api as tfds
 
-from maml import miniimagenet
-from maml.image_cache import ImageFile
+from maml.datasets import miniimagenet
+from maml.datasets.images.source import ImageFile
 
 SPLITS = {"train": "train", "validation": "val", "test": "test"}  # TensorFlow's names: ours
 

@@ -10,8 +10,8 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from maml import miniimagenet
-from maml.settings import UserError
+from maml.datasets import miniimagenet
+from maml.errors import UserError
 
 from . import mini_imagenet_dataset_builder
 
@@ -47,7 +47,7 @@ def _prepare(data_dir: pathlib.Path, manual_dir: pathlib.Path) -> tfds.core.Data
 def test_builder_holds_every_image_under_its_label(
     manual_dir: pathlib.Path, tmp_path: pathlib.Path, place: str
 ) -> None:
-    """All splits, in order, with the pixels that `maml.miniimagenet` decodes."""
+    """All splits, in order, with the pixels that `maml.datasets.miniimagenet` decodes."""
     found = manual_dir
     if place != ".":
         found = tmp_path / "other"

@@ -84,7 +84,7 @@ def peak_memory(*, anew: bool = False) -> int:
 
 def examined(feed: Callable[[], object], cache: pathlib.Path) -> Answer:
     """Feeds the input, and says what came of it."""
-    from maml.settings import UserError
+    from maml.errors import UserError
 
     before, began = peak_memory(anew=True), time.monotonic()
     with watching(cache) as seen:

@@ -16,9 +16,11 @@ from collections.abc import Callable
 import numpy as np
 from PIL import Image
 
-from maml import miniimagenet, safe_pickle, sources
-from maml.image_cache import cached
-from maml.settings import FLAGS, as_flagfile, parse
+from maml.datasets import folder, miniimagenet
+from maml.datasets.images import decode
+from maml.datasets.images import pickles as safe_pickle
+from maml.datasets.images.cache import cached
+from maml.settings.settings import FLAGS, as_flagfile, parse
 
 Feed = Callable[[], object]
 SIDE = 16
@@ -214,7 +216,7 @@ def _zip(tree: dict[str, bytes], chance: random.Random) -> bytes:
 def _read_photographs(path: pathlib.Path, decode: Callable, channels: int, skip: bool) -> None:
     decode = functools.partial(decode, side=SIDE)
     for split in cached(
-        sources.photographs(path), decode=decode, shape=(SIDE, SIDE, channels), skip_bad_images=skip
+        folder.photographs(path), decode=decode, shape=(SIDE, SIDE, channels), skip_bad_images=skip
     ).values():
         assert split.images.shape[1:] == (SIDE, SIDE, channels)
         assert len(split.classes) + 1 == len(split.offsets) and split.offsets[-1] == len(split.images)
@@ -223,7 +225,7 @@ def _read_photographs(path: pathlib.Path, decode: Callable, channels: int, skip:
 def pictures(chance: random.Random, folder: pathlib.Path) -> Feed:
     """Damaged images in class folders, a tar or a zip."""
     tree = _tree(chance)
-    decoders = ((sources.decode_photograph, 3), (miniimagenet.decode, 3), (sources.decode_drawing, 1))
+    decoders = ((decode.decode_photograph, 3), (miniimagenet.decode, 3), (decode.decode_drawing, 1))
     kind = chance.choice(("", ".tar", ".zip"))
     if kind:
         path = folder / f"photos{kind}"
@@ -269,7 +271,7 @@ def archives(chance: random.Random, folder: pathlib.Path) -> Feed:
     raw = (_tar if kind == ".tar" else _zip)(tree, chance)
     (folder / f"photos{kind}").write_bytes(damaged(chance, raw))
     return functools.partial(
-        _read_photographs, folder / f"photos{kind}", sources.decode_photograph, 3, chance.random() < 0.5
+        _read_photographs, folder / f"photos{kind}", decode.decode_photograph, 3, chance.random() < 0.5
     )
 
 
@@ -298,7 +300,7 @@ GLOBALS = [
         *("numpy dtype", "numpy ndarray", "numpy.core.multiarray _reconstruct"),
         *("numpy.core.multiarray scalar", "numpy._core.numeric _frombuffer", "_codecs encode"),
         *("builtins dict", "builtins set", "builtins bytes", "collections OrderedDict"),
-        *("os system", "builtins eval", "builtins getattr", "maml.safe_pickle load"),
+        *("os system", "builtins eval", "builtins getattr", "maml.datasets.images.pickles load"),
     )
 ]  # fmt: skip
 

@@ -11,7 +11,7 @@ import zipfile
 import numpy as np
 import pytest
 
-from maml import miniimagenet
+from maml.datasets import miniimagenet
 from tests.reliability.test_bad_data import IMAGES, RED, good, photos, refused
 from tests.reliability.test_bad_flags import assert_whole
 from tests.test_sources import zipped

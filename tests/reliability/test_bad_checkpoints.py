@@ -7,9 +7,11 @@ import keras
 import pytest
 import tensorflow as tf
 
-from maml import build
-from maml.run import Run
-from maml.settings import UserError, parse
+from maml.datasets import table
+from maml.errors import UserError
+from maml.runs import build
+from maml.runs.folder import Run
+from maml.settings.settings import parse
 from tests import forked
 from tests.test_cli import ROOT
 
@@ -46,7 +48,7 @@ def folder(saved, tmp_path) -> pathlib.Path:
 
 
 def begin(one: Run) -> None:
-    first = build.load_data(one.settings).sample(
+    first = table.load_data(one.settings).sample(
         build.train_spec(one.settings), "train", tf.zeros(1, tf.int64)
     )
     one.begin(first)

@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from maml import build
+from maml.datasets import table
 from maml.episodes import SPLITS
-from maml.settings import UserError, parse
+from maml.errors import UserError
+from maml.runs import build
+from maml.settings.settings import parse
 from tests import forked
 from tests.reliability.test_bad_flags import assert_whole
 from tests.test_sources import NOISE, encoded, photograph, truncated, written
@@ -86,7 +88,7 @@ def refused(folder: pathlib.Path, *flags: str) -> str:
     before = sorted(folder.rglob("*"))
     settings = parse([f"--logdir={folder / 'runs'}", "--num_classes=2", "--update_batch_size=1", *flags])
     with pytest.raises(UserError) as refusal:
-        data = build.load_data(settings)
+        data = table.load_data(settings)
         data.check(build.train_spec(settings), "train")
         data.check(build.test_spec(settings), settings.split)
     assert sorted(folder.rglob("*")) == before
@@ -222,7 +224,7 @@ def closed_folder():
 
 def test_a_folder_that_may_not_be_looked_into_is_named(closed_folder):
     with pytest.raises(UserError) as refusal:
-        build.load_data(parse(photos(closed_folder)))
+        table.load_data(parse(photos(closed_folder)))
     assert_whole(str(refusal.value), rf"cannot be read \(Permission denied at {closed_folder}/val")
 
 

@@ -4,8 +4,9 @@ import re
 
 import pytest
 
-from maml.flag_parsing import LARGEST
-from maml.settings import FLAGS, UserError, as_flagfile, parse
+from maml.errors import UserError
+from maml.settings.parsing import LARGEST
+from maml.settings.settings import FLAGS, as_flagfile, parse
 from tests.test_cli import ROOT, python
 
 NEEDED = re.compile(r"\bneed(s|ed)?\b", re.IGNORECASE)

@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from maml import build
-from maml.results import saved_iterations
-from maml.run import Run
-from maml.settings import Failure, UserError, parse
+from maml.datasets import table
+from maml.errors import Failure, UserError
+from maml.runs import build
+from maml.runs.files import saved_iterations
+from maml.runs.folder import Run
+from maml.settings.settings import parse
 
 
 class Training:
@@ -22,7 +24,7 @@ class Training:
         self.settings = parse([f"--logdir={logdir}", "--metatrain_iterations=100", *flags])
         self.learner = build.build_learner(self.settings, build.build_network(self.settings, (1,)))
         self.run = Run(self.settings, self.learner)
-        self.data = build.load_data(self.settings)
+        self.data = table.load_data(self.settings)
 
     def begin(self) -> "Training":
         self.run.begin(self.data.sample(build.train_spec(self.settings), "train", tf.zeros(1, tf.int64)))

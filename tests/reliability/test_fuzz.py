@@ -8,7 +8,7 @@ import tempfile
 import numpy as np
 import pytest
 
-from maml.settings import UserError
+from maml.errors import UserError
 from tests.reliability import fuzz
 
 

@@ -12,13 +12,14 @@ import zipfile
 import numpy as np
 import pytest
 
-from maml import datasets, file_tree, miniimagenet, sources
-from maml.settings import UserError
+from maml.datasets import miniimagenet, omniglot
+from maml.datasets.images import archives
+from maml.errors import UserError
 from tests import forked
 from tests.test_miniimagenet import add
 from tests.test_sources import good, load, written
 
-LARGE = file_tree.LARGEST + 1
+LARGE = archives.LARGEST + 1
 
 
 @pytest.fixture(autouse=True)
@@ -142,7 +143,7 @@ def test_what_cannot_be_read_to_its_end_is_a_bad_image(make, said, form, tmp_pat
     make(folder / "odd.png")
     source = miniimagenet.find([tmp_path / "mini"], {"train": {"n00000001": (1,)}})
     with pytest.raises(UserError, match=rf"odd\.png \(.*{said}"):
-        datasets.load_photographs(source, 0, 84, decode=miniimagenet.decode)
+        folder.load_photographs(source, 0, 84, decode=miniimagenet.decode)
 
 
 def test_a_folder_that_holds_itself_is_refused(tmp_path):
@@ -161,7 +162,7 @@ def test_names_that_are_not_text_are_names(tmp_path):
 
 def test_a_name_cannot_write_a_second_line(tmp_path):
     written(tmp_path / "set", good() | {"val/val0/1\nerror: none\x1b[2J.jpg": b"x"})
-    done = forked.run("-m", "maml.prepare", "folder", f"--data_dir={tmp_path / 'set'}", expect=2)
+    done = forked.run("-m", "maml", "prepare", "folder", f"--data_dir={tmp_path / 'set'}", expect=2)
     assert "val0/1?error: none?[2J.jpg" in done.stderr and done.stderr.strip().isprintable()
 
 
@@ -209,5 +210,5 @@ def test_a_prepared_folder_imports_nothing(number, tmp_path, monkeypatch):
     (folder / "dataset_info.json").write_text(json.dumps(info))
     (folder / "features.json").write_text(json.dumps(FOREIGN[number]).replace("MODULE", module))
     with pytest.raises(UserError, match=r"features\.json: found the class .*it was not loaded"):
-        dict(sources.omniglot(tmp_path).splits)
+        dict(omniglot.omniglot(tmp_path).splits)
     assert not (tmp_path / "was run").exists() and module not in sys.modules

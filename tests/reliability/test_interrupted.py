@@ -10,7 +10,7 @@ import filelock
 import pytest
 import tensorflow as tf
 
-from maml.results import saved_iterations
+from maml.runs.files import saved_iterations
 from tests import forked
 from tests.forked import Program
 from tests.test_cli import SINUSOID, assert_same_state, checkpoint, python
@@ -114,7 +114,7 @@ def test_ctrl_c_sigterm_and_sigkill_cost_nothing(tmp_path):
 
 def test_sigterm_to_a_reproduction_stops_the_run_under_it(tmp_path):
     folders = f"--logdir={tmp_path}", f"--results_dir={tmp_path / 'results'}"
-    process = Program("-m", "maml.reproduce", "sinusoid_5shot", "--save_interval=50", *folders)
+    process = Program("-m", "maml", "reproduce", "sinusoid_5shot", "--save_interval=50", *folders)
     wait_for(lambda: any(tmp_path.glob(f"{SINUSOID}*/checkpoints/*.index")), process)
     code, said = stopped_by(signal.SIGTERM, process)
     assert code == 143 and "stopped at iteration" in said

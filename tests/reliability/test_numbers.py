@@ -7,18 +7,21 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from maml import build, datasets, evaluate
-from maml.results import saved_iterations
-from maml.run import Run
-from maml.settings import Failure, parse
-from maml.train import train
+from maml.datasets import sinusoid
+from maml.errors import Failure
+from maml.runs import build
+from maml.runs.files import saved_iterations
+from maml.runs.folder import Run
+from maml.runs.train import train
+from maml.settings.settings import parse
+from maml.training import evaluate
 from tests.reliability.test_interrupted import curves
 from tests.test_cli import maml
 
 BAD = 137 * 25 + 4  # an episode of iteration 137
 
 
-class Poisoned(datasets.Sinusoid):
+class Poisoned(sinusoid.Sinusoid):
     """Sinusoids, one of whose training tasks has an infinite target."""
 
     def sample(self, spec, split, indices):
@@ -49,7 +52,7 @@ def test_it_stops_before_the_bad_update_and_names_the_episode(tmp_path):
     assert "iteration 137: a loss or the meta-gradient is not finite in 1 of 25 tasks" in said
     assert f"episode {BAD}: losses " in said and "dense1/kernel" in said and "--on_nan=skip" in said
     assert saved_iterations(begun[3].dir) == [100, 137]
-    clean = training(tmp_path / "clean", "--metatrain_iterations=137", data=datasets.Sinusoid())
+    clean = training(tmp_path / "clean", "--metatrain_iterations=137", data=sinusoid.Sinusoid())
     train(*clean)
     for one, other in zip(state(begun[1]), state(clean[1]), strict=True):
         np.testing.assert_array_equal(one, other)

@@ -20,8 +20,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from maml import miniimagenet, safe_pickle, sources
-from maml.settings import UserError
+from maml.datasets import miniimagenet
+from maml.datasets.images import decode, pickles
+from maml.errors import UserError
 from tests import forked
 from tests.test_cli import ROOT, SINUSOID, TINY
 from tests.test_miniimagenet import Calls, add
@@ -149,7 +150,7 @@ def test_a_pickle_runs_nothing(kind, tmp_path):
     path = stored(folder / miniimagenet.PICKLES["train"], CODE[kind](mark))
     before = set(sys.modules)
     with pytest.raises(UserError, match=r"(was not loaded|not a whole pickle)"):
-        safe_pickle.load(path)
+        pickles.load(path)
     assert not mark.exists()
     for split in ("val", "test"):
         (folder / miniimagenet.PICKLES[split]).write_bytes(path.read_bytes())
@@ -196,10 +197,10 @@ def test_a_small_pickle_makes_nothing_large(kind, tmp_path):
     try:
         if refused:
             with pytest.raises(UserError, match=refused) as refusal:
-                safe_pickle.load(path)
+                pickles.load(path)
             assert len(str(refusal.value)) < 1000
         else:
-            safe_pickle.load(path)
+            pickles.load(path)
         assert tracemalloc.get_traced_memory()[1] < 100e6
     finally:
         tracemalloc.stop()
@@ -209,7 +210,7 @@ def test_a_name_in_a_pickle_cannot_paint_on_the_terminal(tmp_path):
     name = "\x1b]0;pwned\x07\x1b[2J" + 40 * "long\n"
     path = stored(tmp_path / "a.pkl", stack_global("os", name))
     with pytest.raises(UserError, match=r"the global os\.\?\]0;pwned") as refusal:
-        safe_pickle.load(path)
+        pickles.load(path)
     assert str(refusal.value).isprintable() and len(str(refusal.value)) < 600
 
 
@@ -316,7 +317,7 @@ def test_the_search_of_the_cache_finds(tmp_path, cache):
 def test_nothing_leaves_an_archive_on_its_way_through_prepare(tmp_path, outside):
     path = tarred(tmp_path / "in" / "set.tar", ("../../escaped.png", SECRET, {}))
     before = everything(tmp_path)
-    done = forked.run("-m", "maml.prepare", "folder", f"--data_dir={path}", expect=2)
+    done = forked.run("-m", "maml", "prepare", "folder", f"--data_dir={path}", expect=2)
     assert "leads out of the archive" in done.stderr and everything(tmp_path) == before
 
 
@@ -331,7 +332,7 @@ def png_of(width: int, height: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + body
 
 
-@pytest.mark.parametrize("decode", [sources.decode_photograph, sources.decode_drawing, miniimagenet.decode])
+@pytest.mark.parametrize("decode", [decode.decode_photograph, decode.decode_drawing, miniimagenet.decode])
 def test_an_image_of_more_pixels_than_memory_is_a_bad_image(decode):
     tracemalloc.start()
     try:

@@ -1,0 +1,131 @@
+"""The paper's experiments: `maml reproduce [CELL …]`, all of them or those named.
+
+A cell is a flagfile in `flags/`. Each is trained if it is missing, gone on with if it is unfinished,
+and tested; a page, a table and figures are written to `results/` after each. Flags of `main.py` given
+here hold for every cell (`--num_test_tasks=6000`, `--logdir=…`).
+"""
+
+import pathlib
+from collections.abc import Sequence
+
+from absl import flags
+
+from maml.commands import launch, runner
+from maml.errors import UserError
+from maml.reports import results_page
+from maml.reports.published import CELLS
+from maml.runs import files, results
+from maml.settings import jobs as job_settings
+from maml.settings import parsing
+from maml.settings.jobs import Job
+from maml.settings.settings import FLAGS, parse
+
+
+def flagfile(cell: str) -> pathlib.Path:
+    """The flagfile of a cell."""
+    return parsing.flagfiles() / f"{cell}.flags"
+
+
+def job(cell: str, scale: float, overrides: Sequence[str] = ()) -> Job:
+    """The run of a cell.
+
+    Args:
+        cell: its name.
+        scale: of its iterations.
+        overrides: arguments of `main.py` that are stronger than the cell's flagfile.
+
+    Raises:
+        UserError: if `main.py` would refuse them.
+    """
+    asked = parse([f"--flagfile={flagfile(cell)}", *overrides])
+    arguments = [f"--flagfile={flagfile(cell)}", *overrides]
+    if asked.datasource == "folder":
+        # The flagfile says which photographs; the command line, in which folder all data are.
+        given = parse(overrides).data_dir
+        own = pathlib.Path(parse([f"--flagfile={flagfile(cell)}"]).data_dir)
+        arguments.append(f"--data_dir={pathlib.Path(given) / own.name}")
+    if scale != 1:
+        arguments += _scaled(asked.pretrain_iterations, asked.metatrain_iterations, scale)
+    return job_settings.job(arguments)
+
+
+def _scaled(pretrain: int, metatrain: int, scale: float) -> list[str]:
+    pretrain, metatrain = round(pretrain * scale), round(metatrain * scale)
+    interval = min(1000, max(1, (pretrain + metatrain) // 10))
+    pretraining = [f"--pretrain_iterations={pretrain}"] if pretrain else []
+    return [*pretraining, f"--metatrain_iterations={metatrain}", f"--save_interval={interval}"]
+
+
+def reproduce(asked: Sequence[str], *, scale: float, seeds: int, results_dir: pathlib.Path) -> list[str]:
+    """Runs cells and writes the pages after each.
+
+    Args:
+        asked: names of cells.
+        scale: of all iterations.
+        seeds: runs of each cell, with the seeds 0, 1, ….
+        results_dir: where the pages go.
+
+    Returns:
+        What could not be run, in words.
+    """
+    overrides = job_settings.given_flags(but=("seed",))
+    jobs = {
+        cell: [job(cell, scale, [*overrides, *([f"--seed={seed}"] if seed else [])]) for seed in range(seeds)]
+        for cell in CELLS
+    }
+    full = {cell: job(cell, 1.0, overrides).settings.iterations for cell in CELLS}
+    failures = []
+    for number, cell in enumerate(asked, 1):
+        for seed, one in enumerate(jobs[cell]):
+            title = f"{cell} ({number} of {len(asked)})" + (f", seed {seed}" if seeds > 1 else "")
+            if further := _further(one):
+                print(f"{title}: there are {further:,} iterations already, which the page shows", flush=True)
+                continue
+            try:
+                launch.result(one, title)
+            except UserError as error:
+                failures.append(str(error))
+        # Cells that were run earlier stay on the page.
+        outcomes = [results_page.Outcome(name, there, full[name]) for name, there in jobs.items()]
+        results_page.write(results_dir, outcomes)
+    return failures
+
+
+def _further(job: Job) -> int | None:
+    """The iterations of a tested run that has passed by the job's and has no checkpoint of them; or None."""
+    settings = job.settings
+    if results.find(settings) or settings.iterations in files.saved_iterations(settings.run_dir):
+        return None
+    trained = (results.furthest(settings) or {"trained_iterations": 0})["trained_iterations"]
+    return trained if trained > settings.iterations else None
+
+
+def _work(operands: list[str]) -> None:
+    unknown = [cell for cell in operands if cell not in CELLS]
+    if unknown:
+        raise UserError(f"found {', '.join(unknown)}; the cells are {', '.join(CELLS)}.")
+    if not 0 < FLAGS.scale <= 1:
+        raise UserError(f"found --scale={FLAGS.scale}, needed more than 0 and at most 1.")
+    results_dir = pathlib.Path(FLAGS.results_dir)
+    try:
+        results_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--results_dir: cannot write to {results_dir} ({error.strerror}).") from error
+    asked = operands or list(CELLS)
+    failures = reproduce(asked, scale=FLAGS.scale, seeds=FLAGS.seeds, results_dir=results_dir)
+    print(f"\nwrote {results_dir / 'RESULTS.md'}, results.csv and the figures in {results_dir}")
+    if failures:
+        raise UserError("not all cells could be run:\n  " + "\n  ".join(failures))
+
+
+def run() -> None:
+    """Entry point: reproduces the cells and exits."""
+    flags.DEFINE_float("scale", 1.0, "runs every cell for this part of its iterations")
+    flags.DEFINE_integer("seeds", 1, "runs of each cell, with seeds 0, 1, …", lower_bound=1)
+    flags.DEFINE_string("results_dir", "results", "folder for RESULTS.md, results.csv and the figures")
+    runner.run(
+        _work,
+        operands="cells",
+        any_number=True,
+        interrupted="interrupted; the same command goes on where it stopped",
+    )

@@ -1,0 +1,148 @@
+"""TODO datasets.folder."""
+
+import functools
+import os
+import pathlib
+from collections.abc import Callable
+
+import numpy as np
+
+from maml.datasets.image_classes import ClassImages, ImageClasses, split_by_seed
+from maml.datasets.images import decode
+from maml.datasets.images.archives import ARCHIVES, FileTree, fingerprint, open_tree
+from maml.datasets.images.cache import cached
+from maml.datasets.images.source import Classes, ImageFile, ImageSource, LazySplits
+from maml.episodes import SPLITS
+from maml.errors import UserError
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
+OTHER_SUFFIXES = (".txt", ".csv", ".tsv", ".md", ".rst", ".json", ".xml", ".html", ".ini", ".db", ".url")
+OTHER_NAMES = ("readme", "license", "licence", "copying", "citation", "makefile")
+SPLIT_LIKE = (*SPLITS, "training", "valid", "validation", "testing")  # whoever has these means splits
+
+
+# --- Photographs --------------------------------------------------------------------------------------
+
+
+def photographs(path: str | pathlib.Path) -> ImageSource:
+    """The images in a folder (or .tar or .zip archive) of {train,val,test}/<class>/* or <class>/*.
+
+    In the second case the split is "all". A single folder around the whole is passed over. A class is a
+    folder without folders in it, at any depth; its name is its path below the split, or below the whole:
+    "Greek/character01". So folders hold either images or folders; texts may lie anywhere.
+
+    Raises:
+        UserError: if there is no such folder, or (when the splits are looked at) if it is laid out otherwise.
+    """
+    path = pathlib.Path(path)
+    if not os.path.exists(path):  # which, unlike pathlib's, answers whatever the path
+        raise UserError(f"--data_dir: {path} not found, needed the folder of the class folders. Give it.")
+    if not path.is_dir() and path.suffix.lower() not in ARCHIVES:
+        raise UserError(
+            f"--data_dir: {path} is a file; needed a folder, or a .tar or .zip archive, with "
+            f"{{train,val,test}}/<class>/* or <class>/*. Unpack it, or point at its folder."
+        )
+    return ImageSource(str(path), fingerprint(path), LazySplits(lambda: _photo_splits(open_tree(path))))
+
+
+def _photo_splits(tree: FileTree) -> dict[str, Classes]:
+    tree = without_wrapper(tree)
+    tops = set(tree.top_folders())
+    if not tops:
+        raise UserError(
+            f"{tree.name}: found no class folders. Needed {{train,val,test}}/<class>/* or <class>/*: one "
+            f"folder of images per class. Point --data_dir at the folder that holds them."
+        )
+    if tops.issuperset(SPLITS):
+        return {split: photo_classes(tree.below(split)) for split in SPLITS}
+    # A folder "test" of images may be a class, but one of folders is meant as a split. Taken for a part of
+    # the names, it would make one class of train/cat and another of validation/cat.
+    meant = {top for top in tops if top.lower() in SPLIT_LIKE and tree.below(top).folders}
+    if found := tops if tops.issubset(SPLITS) else meant:
+        missing = ", ".join(sorted(set(SPLITS) - tops))
+        raise UserError(
+            f"{tree.name}: found {', '.join(sorted(found))} without {missing}. Needed train, val and test, "
+            f"or class folders alone, which are then split by --seed. Rename them, or add what is missing."
+        )
+    return {"all": photo_classes(tree)}
+
+
+def without_wrapper(tree: FileTree) -> FileTree:
+    """The tree without a single folder around the whole."""
+    while len(tops := tree.top_folders()) == 1 and tops[0] not in SPLITS and tree.below(tops[0]).folders:
+        tree = tree.below(tops[0])
+    return tree
+
+
+def photo_classes(tree: FileTree) -> dict[str, list[ImageFile]]:
+    """The images of every folder without folders in it, a class by the name of its path.
+
+    Raises:
+        UserError: if there is no such folder, or an image outside them.
+    """
+    holders = {folder.rpartition("/")[0] for folder in tree.folders}
+    classes: dict[str, list[ImageFile]] = {name: [] for name in sorted(tree.folders - holders)}
+    if not classes:
+        raise UserError(
+            f"{tree.name}: found no class folders. Needed one folder of images per class. Add them."
+        )
+    for file, read in tree.files.items():
+        folder, _, name = file.rpartition("/")
+        if not folder and name.lower().endswith(IMAGE_SUFFIXES):
+            raise UserError(
+                f"{tree.path(file)}: found an image outside any class folder, needed all in one. "
+                f"Move it there."
+            )
+        if not folder or no_image(name):
+            continue
+        if folder in holders:
+            inner = min(other for other in tree.folders if other.startswith(f"{folder}/"))
+            raise UserError(
+                f"{tree.path(inner)}: a folder inside a class folder, beside {name}. Needed images alone (a "
+                f"class) or folders alone (of classes) in {tree.path(folder)}. Move one or the other away."
+            )
+        classes[folder].append(ImageFile(tree.path(file), read))
+    return classes
+
+
+def no_image(file: str) -> bool:
+    """Whether the file plainly is something else than an image, by its name."""
+    stem, suffix = pathlib.PurePath(file).stem.lower(), pathlib.PurePath(file).suffix.lower()
+    return suffix in OTHER_SUFFIXES or (suffix == "" and stem in OTHER_NAMES) or file.lower() == "thumbs.db"
+
+
+def load_photographs(
+    source: ImageSource,
+    seed: int,
+    side: int = 84,
+    *,
+    decode: Callable[..., np.ndarray] = decode.decode_photograph,
+    skip_bad_images: bool = False,
+) -> ImageClasses:
+    """Photographs in classes as RGB, `side` pixels square.
+
+    Classes without given splits are shuffled by the seed and split 64 / 16 / 20 %.
+
+    Args:
+        source: the photographs, for instance of `sources.photographs`.
+        seed: of the split.
+        side: in pixels.
+        decode: turns an image as `ImageFile.read` gives it, and the side, into pixels.
+        skip_bad_images: leave out images that cannot be read.
+
+    Raises:
+        UserError: if there are too few, or bad ones.
+    """
+    decode = functools.partial(decode, side=side)
+    splits = cached(source, decode=decode, shape=(side, side, 3), skip_bad_images=skip_bad_images)
+    parts = {split: ClassImages.of(images) for split, images in splits.items()}
+    if "all" in parts:
+        n = len(parts["all"].names)
+        if n < len(SPLITS):
+            raise UserError(
+                f"{source.name}: found {n} classes, needed at least 3: one each to train, validate and test "
+                f"on. Add class folders."
+            )
+        val, test = max(1, round(0.16 * n)), max(1, round(0.2 * n))
+        parts = split_by_seed(parts["all"], dict(train=n - val - test, val=val, test=test), seed)
+    return ImageClasses(source.name, parts)

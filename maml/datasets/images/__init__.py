@@ -1,0 +1,1 @@
+"""Reading, checking, decoding and caching images."""

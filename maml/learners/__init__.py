@@ -1,0 +1,1 @@
+"""The learners: one algorithm a file, one line each in the table."""

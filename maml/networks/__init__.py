@@ -1,0 +1,1 @@
+"""Networks as Keras models, their layers, and what differentiates through them."""

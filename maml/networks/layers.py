@@ -1,0 +1,148 @@
+"""The paper's networks as Keras models, and the original's names for their weights.
+
+Only the norms differ from Keras' own layers: MAML differentiates them twice (see `standardise`), and
+their weights are meta-learned but not adapted in the inner loop.
+"""
+
+import contextlib
+import contextvars
+import math
+from collections.abc import Iterator
+
+import keras
+import tensorflow as tf
+
+from maml.networks.standardise import _mean, standardise
+
+_BY_BATCH = contextvars.ContextVar("batch_statistics", default=False)
+
+
+@contextlib.contextmanager
+def batch_statistics() -> Iterator[None]:
+    """Within it `BatchNorm` normalises by the batch at hand whatever `training` is.
+
+    So that `training` can say of other layers alone, such as dropout, whether they are in training.
+    """
+    token = _BY_BATCH.set(True)
+    try:
+        yield
+    finally:
+        _BY_BATCH.reset(token)
+
+
+@keras.saving.register_keras_serializable("maml")
+class BatchNorm(keras.layers.Layer):
+    """Normalises each channel by the statistics of the batch at hand, then adds a learned β.
+
+    As in the original: biased variance, epsilon 1e-3, no scale, no moving statistics. β is
+    meta-learned and not adapted in the inner loop. The statistics of the last batch are kept, and
+    without `training` it normalises by them, except within `batch_statistics`: a query by the support set's,
+    where the original uses the query set's own (see `Maml.predict`).
+    """
+
+    adapted = False
+    epsilon = 1e-3
+
+    def build(self, input_shape):
+        channels = (input_shape[-1],)
+        self.beta = self.add_weight(shape=channels, initializer="zeros", name="beta")
+        self.mean = self.add_weight(shape=channels, initializer="zeros", trainable=False, name="mean")
+        self.variance = self.add_weight(shape=channels, initializer="ones", trainable=False, name="variance")
+
+    def call(self, x, training=None):
+        if not training and not _BY_BATCH.get():
+            return (x - self.mean) * tf.math.rsqrt(self.variance + self.epsilon) + self.beta
+        rows = tf.reshape(x, (-1, x.shape[-1]))
+        mean = _mean(rows, 0)
+        self.mean.assign(mean[0])
+        self.variance.assign(_mean(tf.square(rows - mean), 0)[0])
+        return tf.reshape(standardise(rows, 0, self.epsilon), tf.shape(x)) + self.beta
+
+
+@keras.saving.register_keras_serializable("maml")
+class LayerNorm(keras.layers.Layer):
+    """Normalises each example over all its axes, then applies a learned γ and β per channel.
+
+    Epsilon 1e-12, as in the original. γ and β are meta-learned and not adapted in the inner loop.
+    """
+
+    adapted = False
+    epsilon = 1e-12
+
+    def build(self, input_shape):
+        self.beta = self.add_weight(shape=(input_shape[-1],), initializer="zeros", name="beta")
+        self.gamma = self.add_weight(shape=(input_shape[-1],), initializer="ones", name="gamma")
+
+    def call(self, x):
+        rows = tf.reshape(x, (-1, math.prod(x.shape[1:])))
+        return tf.reshape(standardise(rows, 1, self.epsilon), tf.shape(x)) * self.gamma + self.beta
+
+
+@keras.saving.register_keras_serializable("maml")
+class LayerNormalization(keras.layers.LayerNormalization):
+    """Keras' layer of that name, with the same arguments, weights and outputs, and exact second derivatives.
+
+    Keras' own stops a gradient as `tf.nn.moments` does (see `standardise`). Unlike those of `LayerNorm`,
+    γ and β are adapted in the inner loop.
+    """
+
+    def call(self, x):
+        if self.rms_scaling:  # which Keras has right
+            return super().call(x)
+        wide = tf.cast(x, tf.float64 if x.dtype == tf.float64 else tf.float32)
+        axes = [axis % wide.shape.rank for axis in self.axis]
+        centred = wide - tf.reduce_mean(wide, axes, keepdims=True)
+        variance = tf.reduce_mean(tf.square(centred), axes, keepdims=True)
+        y = centred * tf.math.rsqrt(variance + self.epsilon)
+        shape = [size if axis in axes else 1 for axis, size in enumerate(wide.shape)]
+        if self.gamma is not None:
+            y *= tf.reshape(tf.cast(self.gamma, y.dtype), shape)
+        if self.beta is not None:
+            y += tf.reshape(tf.cast(self.beta, y.dtype), shape)
+        return tf.cast(y, self.compute_dtype)
+
+
+@keras.saving.register_keras_serializable("maml")
+class MaxPool(keras.layers.Layer):
+    """2×2 max-pooling without overlap or padding, as Keras' MaxPooling2D(2), made to be differentiated twice.
+
+    The gradient of TensorFlow's own gradient, MaxPoolGradGrad, is seven times slower on a CPU than
+    summing what the mask of the maxima leaves over, and XLA has none.
+    """
+
+    def compute_output_shape(self, input_shape):
+        batch, height, width, channels = input_shape
+        return (batch, height // 2, width // 2, channels)
+
+    def call(self, x):
+        window = dict(ksize=(1, 2, 2, 1), strides=(1, 2, 2, 1), padding="VALID")
+
+        @tf.custom_gradient
+        def pool(x: tf.Tensor):
+            y = tf.nn.max_pool2d(x, 2, 2, "VALID")
+
+            def to_maxima(values: tf.Tensor) -> tf.Tensor:
+                return tf.raw_ops.MaxPoolGrad(orig_input=x, orig_output=y, grad=values, **window)
+
+            @tf.custom_gradient
+            def gradient(upstream: tf.Tensor):
+                mask = to_maxima(tf.ones_like(y))
+                return to_maxima(upstream), lambda later: 4 * tf.nn.avg_pool2d(mask * later, 2, 2, "VALID")
+
+            return y, gradient
+
+        return pool(x)
+
+
+def _norm(kind: str, dtype: str, name: str) -> list[keras.layers.Layer]:
+    layers = {"batch_norm": [BatchNorm], "layer_norm": [LayerNorm], "None": []}[kind]
+    return [layer(dtype=_exact(dtype), name=name) for layer in layers]
+
+
+def _exact(dtype: str) -> str:
+    """The type of the weights, and of what must not be rounded: norms and the head, so losses too.
+
+    With Keras' policy "mixed_bfloat16" that is float32, while the other layers compute in bfloat16,
+    whose eight bits of precision are too few for statistics and for differences of logits.
+    """
+    return keras.DTypePolicy(dtype).variable_dtype

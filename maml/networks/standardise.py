@@ -1,0 +1,85 @@
+"""TODO networks.standardise."""
+
+import functools
+import math
+
+import tensorflow as tf
+
+
+def standardise(x: tf.Tensor, axis: int, epsilon: float) -> tf.Tensor:
+    """(x − mean) / √(variance + epsilon) of a matrix, over axis 0 or 1, with exact derivatives of any order.
+
+    `tf.nn.moments`, and with it Keras' BatchNormalization, stops the gradient of the mean inside the
+    variance: right once, silently wrong when differentiated twice. Here the first two derivatives are
+    closed forms, in terms of the outputs so that differentiating them again comes back to these same
+    rules. They take fewer passes over x than differentiating the definition does.
+    """
+    large = (x.shape.num_elements() or 0) >= LARGE_MAP
+    forward, gradient, second = _COMPILED if large else (_forward, _gradient, _second_gradient)
+    outputs: list[tf.Tensor] = []
+
+    @tf.custom_gradient
+    def standardised_and_scale(x: tf.Tensor):
+        @tf.custom_gradient
+        def gradient_in_x(upstream: tf.Tensor, upstream_scale: tf.Tensor, _: tf.Tensor):
+            found, along_y = gradient(upstream, upstream_scale, *outputs, axis)
+            return found, lambda later: second(later, upstream, along_y, *outputs, axis)
+
+        return forward(x, axis, epsilon), lambda dy, dscale: gradient_in_x(dy, dscale, x)
+
+    outputs.extend(standardised_and_scale(x))
+    return outputs[0]
+
+
+def _mean(x: tf.Tensor, axis: int) -> tf.Tensor:
+    """The means of a matrix over axis 0, [1, columns], or 1, [rows, 1], as products with equal weights.
+
+    A matrix product sums in blocks and so keeps more of float32 than a plain sum over the 35,280 pixels
+    of five 84×84 images does: in the parity case mini_5way1shot_5step the loss after one inner step
+    comes out 60 times nearer to float64's.
+    """
+    count = tf.shape(x)[axis]
+    weights = tf.fill((1, count) if axis == 0 else (count, 1), 1 / tf.cast(count, x.dtype))
+    return weights @ x if axis == 0 else x @ weights
+
+
+def _mean_in_blocks(x: tf.Tensor, axis: int) -> tf.Tensor:
+    """The same for XLA, which fuses a sum, unlike a product, with what computes its terms."""
+    count = x.shape[axis]
+    block = next(size for size in range(math.isqrt(count), 0, -1) if count % size == 0)
+    shape = (count // block, block, -1) if axis == 0 else (-1, count // block, block)
+    # Dividing twice keeps XLA from making one long sum, which loses float32's digits, of the two.
+    return tf.reduce_mean(tf.reduce_mean(tf.reshape(x, shape), axis + 1), axis, keepdims=True)
+
+
+def _forward(x, axis, epsilon, mean=_mean):
+    """The standardised matrix y, and the scale 1/√(variance + epsilon)."""
+    centred = x - mean(x, axis)
+    scale = tf.math.rsqrt(mean(tf.square(centred), axis) + epsilon)
+    return centred * scale, scale
+
+
+def _gradient(dy, dscale, y, scale, axis, mean=_mean):
+    """What dy and dscale, the gradients of a loss in `_forward`'s results, make the gradient in x.
+
+    Also returns their component along y, which the second derivative needs again.
+    """
+    along_y = mean(dy * y, axis) + dscale * scale / tf.cast(tf.shape(y)[axis], y.dtype)
+    return scale * (dy - mean(dy, axis) - y * along_y), along_y
+
+
+def _second_gradient(later, dy, along_y, y, scale, axis, mean=_mean):
+    """The gradients in dy, dscale and x of a loss whose gradient in `_gradient`'s result is `later`."""
+    later_mean, later_along_y = mean(later, axis), mean(later * y, axis)
+    dy_mean = mean(dy, axis)
+    in_dy = scale * (later - later_mean - y * later_along_y)
+    across = mean(later * dy, axis) - later_mean * dy_mean - 3 * later_along_y * along_y
+    in_x = -tf.square(scale) * (along_y * (later - later_mean) + later_along_y * (dy - dy_mean) + y * across)
+    return in_dy, -tf.square(scale) * later_along_y, in_x
+
+
+_COMPILED = tuple(
+    tf.function(functools.partial(rule, mean=_mean_in_blocks), jit_compile=True)
+    for rule in (_forward, _gradient, _second_gradient)
+)
+LARGE_MAP = 1 << 18

@@ -1,0 +1,1 @@
+"""Charts, pictures, tables and TensorBoard."""

@@ -1,0 +1,150 @@
+"""What an adapted network makes of photographs: tables, a CSV file, and the curve over the steps."""
+
+import pathlib
+from typing import NamedTuple
+
+import numpy as np
+
+from maml.datasets.user_images import Photographs
+from maml.errors import Failure, UserError
+from maml.runs import files
+
+CSV, SHEET, STEPS = "predictions.csv", "predictions.png", "steps.png"
+FIRST_COLUMNS = "image,prediction,confidence"  # of the CSV
+LINES, LONGEST = 40, 44  # of the table on the terminal; characters of a name in it
+
+
+class Predictions(NamedTuple):
+    """What adaptation does; the leading axis counts its steps from 0.
+
+    Fields:
+        support_loss: [steps + 1], cross entropy: the mean over the images of each class, summed over these.
+        probabilities: float64 [steps + 1, n, N] of the classes, of every query image.
+    """
+
+    support_loss: np.ndarray
+    probabilities: np.ndarray
+
+    @property
+    def predictions(self) -> np.ndarray:
+        """The likeliest class of every query image, [steps + 1, n]."""
+        return self.probabilities.argmax(-1)
+
+    def curves(self, labels: np.ndarray | None) -> dict[str, np.ndarray]:
+        """What became of the query set, in %, each [steps + 1]: the accuracy if labels [n] are known."""
+        if labels is not None:
+            agreement = {"accuracy": (self.predictions == labels).mean(-1)}
+        else:
+            agreement = {"as after the last step": (self.predictions == self.predictions[-1]).mean(-1)}
+        shares = {**agreement, "mean confidence": self.probabilities.max(-1).mean(-1)}
+        return {name: 100 * values for name, values in shares.items()}
+
+
+def table(classes: tuple[str, ...], query: Photographs, final: np.ndarray) -> str:
+    """The first predictions as text; `final` [n, N], the probabilities."""
+    rows = [("photograph", "prediction", "confidence", "truth" if query.labels is not None else "")]
+    for i in range(min(LINES, len(final))):
+        guess = int(final[i].argmax())
+        truth = "" if query.labels is None else classes[query.labels[i]]
+        wrong = "" if query.labels is None or query.labels[i] == guess else "  (wrong)"
+        rows.append((query.names[i], classes[guess], f"{100 * final[i, guess]:.1f} %", truth + wrong))
+    rows = [(*(_clipped(cell) for cell in row),) for row in rows]
+    widths = [max(len(row[column]) for row in rows) for column in range(3)]
+    lines = [f"{a:<{widths[0]}}  {b:<{widths[1]}}  {c:>{widths[2]}}  {d}".rstrip() for a, b, c, d in rows]
+    if len(final) > LINES:
+        lines.append(f"… and {len(final) - LINES} more in {CSV}")
+    return "\n".join(lines)
+
+
+def step_table(made: Predictions, labels: np.ndarray | None) -> str:
+    """The curve over the steps as text: some of them, always the first and the last."""
+    last = len(made.support_loss) - 1
+    shown = sorted({0, 1, 2, 3, 5, 10, last // 2, last} & set(range(last + 1)))
+    rows = {"after step": [str(step) for step in shown]}
+    rows["support loss"] = [f"{made.support_loss[step]:.3f}" for step in shown]
+    for name, values in made.curves(labels).items():
+        rows[f"{name}, %"] = [f"{values[step]:.1f}" for step in shown]
+    return "\n".join(f"{name:<26}" + "".join(f"{cell:>8}" for cell in cells) for name, cells in rows.items())
+
+
+def accuracy(predictions: np.ndarray, labels: np.ndarray) -> str:
+    """How many are right, with Wilson's 95 % interval: they may be few, or all."""
+    n, right = len(labels), int((predictions == labels).sum())
+    share, z = right / n, 1.96
+    middle = (share + z**2 / (2 * n)) / (1 + z**2 / n)
+    half = z / (1 + z**2 / n) * (share * (1 - share) / n + z**2 / (4 * n**2)) ** 0.5
+    low, high = 100 * (middle - half), 100 * (middle + half)
+    return f"accuracy {100 * share:.1f} %: {right} of {n} (95 % interval {low:.1f} to {high:.1f})"
+
+
+def as_csv(classes: tuple[str, ...], query: Photographs, final: np.ndarray) -> str:
+    """One row per query image: prediction, probabilities of all classes and, where it is known, truth."""
+    rows = []
+    for i, probabilities in enumerate(final):
+        guess = int(probabilities.argmax())
+        row = {
+            "image": query.names[i],
+            "prediction": classes[guess],
+            "confidence": float(probabilities[guess]),
+        }
+        row |= {f"probability of {name}": float(p) for name, p in zip(classes, probabilities, strict=True)}
+        rows.append(row if query.labels is None else row | {"truth": classes[query.labels[i]]})
+    return files.csv_text(rows)
+
+
+def draw_steps(path: pathlib.Path, made: Predictions, labels: np.ndarray | None) -> None:
+    """Draws the curves over the steps as a PNG file."""
+    from maml.reports.charts import Line, Panel, draw
+
+    steps = range(len(made.support_loss))
+    lines = [Line(name, steps, values) for name, values in made.curves(labels).items()]
+    loss = Line("loss", steps, made.support_loss)
+    draw(
+        path, [Panel("support set", "step", "cross entropy", [loss]), Panel("query set", "step", "%", lines)]
+    )
+
+
+def out_folder(out: str | None, support: pathlib.Path, query: pathlib.Path) -> pathlib.Path:
+    """Where the results go; raises UserError if that would overwrite, or be read as, something else."""
+    folder = pathlib.Path(out or f"adapted-{query.resolve().stem}")
+    if not folder.resolve().parent.is_dir() or (folder.exists() and not folder.is_dir()):
+        raise UserError(
+            f"--out={folder}: found {'a file' if folder.exists() else 'no folder above it'}, needed a folder "
+            f"or the name of a new one. Give another."
+        )
+    for name, images in {"support": support, "query": query}.items():
+        if folder.resolve().is_relative_to(images.resolve()):
+            raise UserError(
+                f"--out={folder}: found a folder in that of --{name}, whose pictures would be read as "
+                f"photographs; needed another. Give one."
+            )
+    there = [name for name in (CSV, SHEET, STEPS) if (folder / name).exists()]
+    table = folder / CSV
+    ours = table.is_file() and table.read_bytes().startswith(FIRST_COLUMNS.encode())
+    if there and not ours:
+        raise UserError(
+            f"--out={folder}: found {', '.join(there)}, not of this command, which would be overwritten; "
+            f"needed a folder without. Give another."
+        )
+    return folder
+
+
+def write(
+    out: pathlib.Path, classes: tuple[str, ...], support: Photographs, query: Photographs, made: Predictions
+) -> None:
+    """Writes the table and the pictures; raises Failure if the disk does not take them."""
+    from maml.reports import contact_sheet
+
+    try:
+        out.mkdir(exist_ok=True)
+        files.write_whole(out / CSV, as_csv(classes, query, made.probabilities[-1]))
+        contact_sheet.draw(out / SHEET, classes, support, query, made.probabilities[-1])
+        draw_steps(out / STEPS, made, query.labels)
+    except OSError as error:
+        raise Failure(
+            f"{out}: cannot write the results ({error.strerror or error}). Give another --out."
+        ) from error
+
+
+def _clipped(text: str) -> str:
+    return text if len(text) <= LONGEST else f"…{text[1 - LONGEST :]}"

@@ -1,0 +1,249 @@
+"""The results page: paper, original and ours side by side, each figure with its protocol and command."""
+
+import dataclasses
+import functools
+import pathlib
+import shutil
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from maml.reports import charts
+from maml.reports.published import CELLS, Cell, Figure
+from maml.runs import files, results
+from maml.runs.files import write_whole
+from maml.settings.jobs import Job
+
+HEADER = """# Results
+
+Written by `maml reproduce`; every row is a run of the command beside it, which wants only
+`--logdir` and `--data_dir` added. Means ± 95 % confidence intervals over the test tasks (1.96·std/√tasks);
+of several seeds, of the mean over seeds (lowest–highest). The difference is to the paper or, where that has
+no figure, to the original re-run: "within" means that it is no larger than the two intervals together. A
+cell trained for fewer iterations than the paper's is not compared.
+"""
+COLUMNS = (
+    "experiment", "steps at test", "paper", "original, re-run", "ours", "difference", "iterations",
+    "protocol", "command",
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """A cell, the jobs, one per seed, that give its results, and the iterations of the whole experiment."""
+
+    name: str
+    jobs: Sequence[Job]
+    full_iterations: int
+
+    @property
+    def cell(self) -> Cell:
+        """The experiment."""
+        return CELLS[self.name]
+
+    @functools.cached_property
+    def entries(self) -> list[tuple[Job, dict]]:
+        """The jobs that have a result, and that: the one asked for, or the longest trained one."""
+        found = [(job, results.find(job.settings) or results.furthest(job.settings)) for job in self.jobs]
+        return [(job, entry) for job, entry in found if entry]
+
+
+def write(folder: pathlib.Path, outcomes: Sequence[Outcome]) -> None:
+    """Writes RESULTS.md, results.csv and the figures, from the results there are."""
+    there = [outcome for outcome in outcomes if outcome.entries]
+    lines = [HEADER]
+    for group in dict.fromkeys(outcome.cell.group for outcome in there):
+        members = [outcome for outcome in there if outcome.cell.group == group]
+        unit = "mean squared error" if group == "Sinusoid" else "accuracy, %"
+        lines += [f"## {group}: {unit}\n", _row(COLUMNS), _row(["---"] * len(COLUMNS))]
+        lines += [_row(row) for outcome in members for row in _rows(outcome)]
+        lines += [f"\n![{group}]({path.name})" for path in _figures(folder, group, members)]
+        lines.append("")
+    missing = [outcome.name for outcome in outcomes if not outcome.entries]
+    if missing:
+        lines.append(f"Not run: {', '.join(missing)}.\n")
+    lines += _machines(there)
+    write_whole(folder / "RESULTS.md", "\n".join(lines))
+    _write_csv(folder / "results.csv", there)
+
+
+def _row(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _rows(outcome: Outcome) -> Iterator[list[str]]:
+    cell, entries = outcome.cell, outcome.entries
+    job, entry = entries[0]
+    percent = entry["measure"] == "accuracy"
+    partial = entry["trained_iterations"] < outcome.full_iterations
+    command = f"`{_command(job, entry)}`"
+    run = [_iterations(entries, outcome.full_iterations), _protocol(entry, len(entries)), command]
+    for steps in cell.steps:
+        ours = [_figure(entry, steps) for _, entry in entries]
+        reference = cell.paper.get(steps) or cell.original.get(steps)
+        yield [
+            f"{outcome.name} ({cell.place})" if steps == cell.steps[0] else "",
+            str(steps),
+            _shown(cell.paper.get(steps), percent),
+            _shown(cell.original.get(steps), percent),
+            _shown_over_seeds(ours, percent),
+            "" if partial or reference is None else _difference(ours, reference, percent),
+            *(run if steps == cell.steps[0] else [""] * len(run)),
+        ]
+
+
+def _figure(entry: dict, steps: int) -> Figure:
+    """The mean after so many steps; accuracies in %."""
+    measured = entry["results"]["query"][entry["measure"]]
+    scale = 100 if entry["measure"] == "accuracy" else 1
+    return Figure(scale * measured["mean"][steps], scale * measured["ci95"][steps])
+
+
+def _shown(figure: Figure | None, percent: bool) -> str:
+    if figure is None:
+        return ""
+    digits = 2 if percent else 3
+    interval = "" if figure.ci95 is None else f" ± {figure.ci95:.{digits}f}"
+    return f"{figure.mean:.{digits}f}{interval}"
+
+
+def _shown_over_seeds(ours: Sequence[Figure], percent: bool) -> str:
+    if len(ours) == 1:
+        return _shown(ours[0], percent)
+    means = [figure.mean for figure in ours]
+    lowest, highest = (_shown(Figure(bound(means)), percent) for bound in (min, max))
+    return f"{_shown(_over_seeds(ours), percent)} ({lowest}–{highest})"
+
+
+def _over_seeds(ours: Sequence[Figure]) -> Figure:
+    """The mean of the seeds' means, and the interval that their scatter gives it."""
+    means = np.array([figure.mean for figure in ours])
+    if len(means) == 1:
+        return ours[0]
+    return Figure(means.mean(), 1.96 * means.std(ddof=1) / np.sqrt(len(means)))
+
+
+def _difference(ours: Sequence[Figure], reference: Figure, percent: bool) -> str:
+    mine = _over_seeds(ours)
+    difference = mine.mean - reference.mean
+    within = abs(difference) <= mine.ci95 + (reference.ci95 or 0.0)
+    return f"{difference:+.{2 if percent else 3}f}, {'within' if within else '**outside**'}"
+
+
+def _iterations(entries: Sequence[tuple[Job, dict]], full: int) -> str:
+    trained = entries[0][1]["trained_iterations"]
+    shown = f"{trained:,}"
+    if trained < full:
+        shown += f" of {full:,}"
+    tested = {entry["iterations"] for _, entry in entries}
+    if tested != {trained}:
+        shown += f", tested at {', '.join(f'{iteration:,}' for iteration in sorted(tested))}"
+    return shown
+
+
+def _protocol(entry: dict, seeds: int) -> str:
+    asked = entry["protocol"]
+    classes = f"meta-{'test' if asked['split'] == 'test' else 'validation'} tasks"
+    queries = "query points" if asked["way"] is None else "queries per class"
+    parts = [f"{asked['tasks']} {classes}", f"{asked['query_per_class']} {queries}"]
+    parts += ["transductive"] if asked["transductive"] else []
+    parts.append("first order" if asked["order"] == 1 else "second order")
+    parts.append("best checkpoint" if asked["checkpoint"].startswith("best") else "last checkpoint")
+    parts.append(f"{seeds} seeds" if seeds > 1 else f"seed {asked['seed']}")
+    return ", ".join(parts)
+
+
+def _command(job: Job, entry: dict) -> str:
+    """The command of the result: the job's, unless another length of training is shown instead."""
+    if entry["trained_iterations"] == job.settings.iterations:
+        return job.command
+    return f"{job.command} --metatrain_iterations={entry['trained_iterations']}"
+
+
+def _machines(outcomes: Sequence[Outcome]) -> list[str]:
+    """Which hardware and versions the results come from, each once."""
+    seen = {
+        (entry["hardware"], ", ".join(f"{name} {version}" for name, version in entry["versions"].items()))
+        for outcome in outcomes
+        for _, entry in outcome.entries
+    }
+    return [f"Run on {hardware}; {versions}." for hardware, versions in sorted(seen)] + [""]
+
+
+def _write_csv(path: pathlib.Path, outcomes: Sequence[Outcome]) -> None:
+    rows = []
+    for outcome in outcomes:
+        for job, entry in outcome.entries:
+            for where, measures in entry["results"].items():
+                for measure, values in measures.items():
+                    for steps, (mean, std, ci95) in enumerate(
+                        zip(values["mean"], values["std"], values["ci95"], strict=True)
+                    ):
+                        row = {"cell": outcome.name, "set": where, "measure": measure, "steps": steps}
+                        row |= {"mean": mean, "std": std, "ci95": ci95, "iterations": entry["iterations"]}
+                        row |= {"trained_iterations": entry["trained_iterations"]} | entry["protocol"]
+                        rows.append(row | {"command": _command(job, entry), "hardware": entry["hardware"]})
+    write_whole(path, files.csv_text(rows))
+
+
+# --- Figures ------------------------------------------------------------------------------------------
+
+
+def _figures(folder: pathlib.Path, group: str, members: Sequence[Outcome]) -> list[pathlib.Path]:
+    """Draws what there is to be drawn of a group."""
+    paths = []
+    stem = group.lower().replace("-", "")
+    if group == "Sinusoid":
+        for outcome in members:
+            fits = outcome.jobs[0].settings.run_dir / "fits.png"
+            if (
+                outcome.name == f"sinusoid_{outcome.jobs[0].settings.update_batch_size}shot"
+                and fits.is_file()
+            ):
+                paths.append(folder / f"{outcome.name}_fits.png")
+                shutil.copyfile(fits, paths[-1])
+    paths.append(folder / f"{stem}_steps.png")
+    charts.draw(paths[-1], _step_panels(members))
+    if panels := [panel for outcome in members if (panel := _iteration_panel(outcome))]:
+        paths.append(folder / f"{stem}_iterations.png")
+        charts.draw(paths[-1], panels)
+    return paths
+
+
+def _step_panels(members: Sequence[Outcome]) -> list[charts.Panel]:
+    """The measure against gradient steps at test, one panel per number of shots and ways (figure 3)."""
+    panels: dict[str, list[charts.Line]] = {}
+    for outcome in members:
+        job, entry = outcome.entries[0]
+        measured = entry["results"]["query"][entry["measure"]]
+        scale = 100 if entry["measure"] == "accuracy" else 1
+        title = job.settings.task
+        label = outcome.name.split("shot")[-1].strip("_").replace("_", " ") or "MAML"
+        mean, ci95 = (scale * np.array(measured[name]) for name in ("mean", "ci95"))
+        if job.settings.baseline == "oracle":
+            # It knows the task and should not adapt: steps from so sharp a minimum only lead away.
+            label, mean, ci95 = "oracle, no step", 0 * mean + mean[0], 0 * ci95 + ci95[0]
+        panels.setdefault(title, []).append(charts.Line(label, range(len(mean)), mean, ci95))
+    y_label = "mean squared error" if not job.settings.classification else "accuracy, %"
+    return [charts.Panel(title, "gradient steps at test", y_label, lines) for title, lines in panels.items()]
+
+
+def _iteration_panel(outcome: Outcome) -> charts.Panel | None:
+    """Validation before and after adaptation against meta-iterations; None if there was none."""
+    job, entry = outcome.entries[0]
+    rows = files.validations(job.settings.run_dir)
+    measure, scale = (entry["measure"], 100 if entry["measure"] == "accuracy" else 1)
+    lines = []
+    trained, tested = job.settings.num_updates, job.settings.test_num_updates
+    for label, part, step in (
+        ("support, before", "support", 0),
+        ("query, before", "query", 0),
+        (f"query, after {trained}", "query", trained),
+        (f"query, after {tested}", "query", tested),
+    ):
+        column = files.tag(measure, part, step)
+        points = {i: scale * row[column] for i, row in rows.items() if column in row}
+        if points:
+            lines.append(charts.Line(label, list(points), list(points.values())))
+    y_label = "validation accuracy, %" if measure == "accuracy" else "validation MSE"
+    return charts.Panel(outcome.name, "meta-iterations", y_label, lines) if len(rows) > 1 else None

@@ -1,0 +1,94 @@
+"""TODO reports.sinusoid_fits."""
+
+import pathlib
+from typing import NamedTuple
+
+import numpy as np
+import tensorflow as tf
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from maml.datasets.sinusoid import Sinusoid
+from maml.episodes import Episode, EpisodeSpec
+from maml.learners.maml import Maml
+from maml.reports.episode_pictures import BLUE, RED, _as_png
+
+GRID = 200  # points a curve is drawn through
+
+
+def sinusoid_fits(
+    path: pathlib.Path, learner: Maml, data: Sinusoid, spec: EpisodeSpec, *, steps: int, tasks: int = 4
+) -> None:
+    """Draws fits before and after adaptation to the first test tasks (the paper's figure 2).
+
+    Args:
+        path: of the PNG file.
+        learner: trained.
+        data: the sinusoid, plain or oracle.
+        spec: K and the seed.
+        steps: inner steps of the last curve.
+        tasks: panels.
+    """
+    import matplotlib.pyplot as plt
+
+    fits = _fits(learner, data, spec, "test", steps, tasks)
+    figure, axes = plt.subplots(1, tasks, figsize=(3.4 * tasks, 3), sharey=True, layout="constrained")
+    for axis, fit in zip(np.atleast_1d(axes), fits, strict=True):
+        _fit_panel(axis, fit, steps)
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+class _Fit(NamedTuple):
+    """A sinusoid and its fits: x and truth [GRID], curves [steps + 1, GRID], support points [K]."""
+
+    amplitude: float
+    phase: float
+    x: np.ndarray
+    truth: np.ndarray
+    curves: np.ndarray
+    support_x: np.ndarray
+    support_y: np.ndarray
+
+
+def _fits(learner: Maml, data: Sinusoid, spec: EpisodeSpec, split: str, steps: int, tasks: int) -> list[_Fit]:
+    indices = tf.range(tasks, dtype=tf.int64)
+    told = Sinusoid(oracle=True).sample(spec, split, indices).support_x
+    amplitude, phase = told[:, :1, 1:2], told[:, :1, 2:3]
+    x = tf.tile(tf.linspace(-5.0, 5.0, GRID)[tf.newaxis, :, tf.newaxis], (tasks, 1, 1))
+    truth = amplitude * tf.sin(x - phase)
+    inputs = tf.concat([x, amplitude + 0 * x, phase + 0 * x], axis=-1) if data.oracle else x
+    support = data.sample(spec, split, indices)
+    curves = learner.evaluate(
+        Episode(support.support_x, support.support_y, inputs, truth), tf.constant(steps)
+    ).predictions
+    points = (x, truth, curves, support.support_x, support.support_y)
+    arrays = zip(*(values.numpy()[..., 0] for values in points), strict=True)
+    shapes = zip(amplitude.numpy().ravel(), phase.numpy().ravel(), strict=True)
+    return [_Fit(*shape, *of_task) for shape, of_task in zip(shapes, arrays, strict=True)]
+
+
+def _fit_panel(axis: Axes, fit: _Fit, steps: int) -> None:
+    axis.plot(fit.x, fit.truth, color=RED, linewidth=2, label="task")
+    for step, style in {0: (0, (1, 1.5)), 1: "--", steps: "-"}.items():
+        label = "before" if step == 0 else f"after {step} step{'s' * (step > 1)}"
+        axis.plot(fit.x, fit.curves[step], linestyle=style, color=BLUE, label=label)
+    axis.plot(fit.support_x, fit.support_y, "^", color="#8172b3", label="support")
+    axis.set_title(f"A = {fit.amplitude:.2f}, φ = {fit.phase:.2f}", fontsize=10)
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+# --- Small pictures for TensorBoard, drawn while training waits ----------------------------------------
+
+
+def fits_so_far(learner: Maml, data: Sinusoid, spec: EpisodeSpec, steps: int) -> bytes:
+    """A PNG of the fits to the first four validation tasks; their axes stay the same through a training."""
+    figure = Figure(figsize=(5.2, 4.4))
+    figure.subplots_adjust(0.07, 0.2, 0.99, 0.93, wspace=0.06, hspace=0.3)
+    axes = figure.subplots(2, 2, subplot_kw={"xticks": (), "yticks": (), "ylim": (-5.5, 5.5)})
+    for axis, fit in zip(axes.flat, _fits(learner, data, spec, "val", steps, axes.size), strict=True):
+        _fit_panel(axis, fit, steps)
+    axes[1, 0].set(xticks=(-5, 0, 5), yticks=(-5, 0, 5))  # every tick takes a millisecond
+    figure.legend(*axis.get_legend_handles_labels(), loc="lower center", ncols=3, frameon=False)
+    return _as_png(figure)

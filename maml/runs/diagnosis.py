@@ -1,0 +1,48 @@
+"""What to say of a meta-batch whose loss or meta-gradient is not finite."""
+
+import numpy as np
+import tensorflow as tf
+
+from maml.episodes import Episode
+from maml.learners.maml import Maml
+from maml.runs.folder import Run
+
+
+def not_finite(learner: Maml, episodes: Episode, run: Run, pretraining: bool) -> str:
+    """Says which episodes of the present meta-batch are to blame, and what the gradient is like per weight.
+
+    Args:
+        learner: with the weights from before the update.
+        episodes: the meta-batch, [tasks, …].
+        run: at the iteration that failed, which is saved.
+        pretraining: it was an iteration of joint training.
+    """
+    gradient_of = learner.task_joint_gradient if pretraining else learner.task_meta_gradient
+
+    @tf.function
+    def each() -> tuple[tf.Tensor, tf.Tensor]:
+        def one_task(episode: Episode) -> tuple[tf.Tensor, tf.Tensor]:
+            gradient, measures = gradient_of(learner.weights(), learner.to_floating(episode))
+            losses = [tf.reshape(value, (-1,)) for name, value in measures.items() if name.endswith("loss")]
+            return tf.stack([tf.norm(weight) for weight in gradient]), tf.concat(losses, axis=0)
+
+        dtype = learner.weights()[0].dtype
+        return tf.map_fn(one_task, episodes, fn_output_signature=(dtype, dtype))
+
+    norms, losses = (part.numpy() for part in each())
+    iteration, tasks = int(run.iteration), len(losses)
+    bad = [task for task in range(tasks) if not np.isfinite([*norms[task], *losses[task]]).all()]
+    blamed = "; ".join(
+        f"episode {iteration * tasks + task}: losses {', '.join(f'{loss:.3g}' for loss in losses[task])}"
+        for task in bad[:3]
+    )
+    by_weight = ", ".join(
+        f"{name} {norm:.3g}" for name, norm in zip(learner.weight_names(), norms.mean(axis=0), strict=True)
+    )
+    kind = "gradient" if pretraining else "meta-gradient"
+    return (
+        f"iteration {iteration}: a loss or the {kind} is not finite in {len(bad)} of {tasks} tasks "
+        f"({blamed or 'each by itself is'}). Norms of the gradient, means over the tasks: {by_weight}. "
+        f"The weights from before it are saved as checkpoint {iteration} in {run.dir}. "
+        f"Lower --update_lr or --meta_lr in a new run, or go on with --on_nan=skip."
+    )

@@ -1,0 +1,52 @@
+"""TODO runs.files."""
+
+import csv
+import io
+import os
+import pathlib
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    pass
+
+
+def tag(measure: str, part: str, step: int) -> str:
+    """A column of `validation.csv`, and the chart of it; `part`: "support" or "query"."""
+    return f"{measure}/{part}_after_{step}_steps"
+
+
+def validations(run_dir: pathlib.Path) -> dict[int, dict[str, float]]:
+    """The rows of `validation.csv`: {iteration: {TensorBoard tag: mean over the validation tasks}}."""
+    path = run_dir / "validation.csv"
+    if not path.is_file():
+        return {}
+    with path.open(newline="", encoding="utf-8") as file:
+        return {
+            int(row.pop("iteration")): {tag: float(value) for tag, value in row.items() if value}
+            for row in csv.DictReader(file)
+        }
+
+
+def saved_iterations(run_dir: pathlib.Path) -> list[int]:
+    """The iterations there are checkpoints of, ascending."""
+    names = (path.name for path in (run_dir / "checkpoints").glob("model-*.index"))
+    return sorted(int(match[1]) for match in map(re.compile(r"model-(\d+)\.index").fullmatch, names) if match)
+
+
+def csv_text(rows: Sequence[dict[str, object]]) -> str:
+    """Rows as CSV under one header; the columns are all that occur, and stay empty where a row has none."""
+    text = io.StringIO()
+    columns = dict.fromkeys(name for row in rows for name in row)
+    out = csv.DictWriter(text, list(columns), lineterminator="\n")
+    out.writeheader()
+    out.writerows(rows)
+    return text.getvalue()
+
+
+def write_whole(path: pathlib.Path, text: str) -> None:
+    """Replaces a file, so that there is always the old or the new one, whole."""
+    temporary = path.with_suffix(".new")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)

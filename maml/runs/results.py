@@ -1,0 +1,138 @@
+"""What a run folder holds besides its weights: results, validations, which checkpoints. No TensorFlow.
+
+Every result carries its protocol, since the spread between published figures of MAML is protocol.
+"""
+
+import csv
+import importlib.metadata
+import io
+import json
+import os
+import pathlib
+import platform
+import shlex
+import sys
+from typing import TYPE_CHECKING
+
+import filelock
+
+import maml
+from maml.runs.files import write_whole
+
+if TYPE_CHECKING:
+    from maml.settings.settings import Settings
+    from maml.training.evaluate import TestResult
+
+
+LONGEST_WAIT = 60.0  # seconds, for another process to write its results
+LIBRARIES = ("tensorflow", "keras", "numpy")
+
+
+def protocol(settings: "Settings") -> dict[str, object]:
+    """How a test of these settings measures, and what it measures; all of it known before the run."""
+    if settings.test_iter != -1:
+        checkpoint = f"iteration {settings.test_iter}"
+    elif settings.train:
+        checkpoint = f"{settings.checkpoint} of {settings.iterations}"
+    else:
+        checkpoint = settings.checkpoint
+    return {
+        "datasource": settings.datasource,
+        "split": settings.split,
+        "checkpoint": checkpoint,
+        "pretrain_iterations": settings.pretrain_iterations,
+        "seed": settings.seed,
+        "tasks": settings.num_test_tasks,
+        "way": settings.num_classes if settings.classification else None,
+        "shot": settings.update_batch_size,
+        "query_per_class": settings.test_num_query,
+        "train_query_per_class": settings.num_query,
+        "inner_steps": settings.test_num_updates,
+        "train_inner_steps": settings.num_updates,
+        "inner_lr": settings.update_lr,
+        "order": 1 if settings.stop_grad else 2,
+        "transductive": settings.norm == "batch_norm" and settings.transductive,
+        "baseline": settings.baseline,
+    }
+
+
+def write(settings: "Settings", result: "TestResult", iteration: int, device: str) -> pathlib.Path:
+    """Writes the original's CSV and adds the result, with its protocol, to `results.json`.
+
+    A result of the same protocol is replaced.
+
+    Args:
+        settings: of the test.
+        result: what it found.
+        iteration: of the checkpoint tested.
+        device: what it ran on, in words.
+
+    Returns:
+        The path of the CSV.
+
+    Raises:
+        OSError: if the folder cannot be written to, or another process does not come to an end with it.
+    """
+    entry = {
+        "protocol": protocol(settings),
+        "iterations": iteration,
+        "trained_iterations": settings.iterations if settings.train else None,
+        "measure": result.measure,
+        "note": "update0 is measured on the support set, update1… on the query set",
+        "results": result.as_json(),
+        "command": shlex.join(sys.argv),
+        "versions": versions(),
+        "hardware": hardware(device),
+    }
+    table = settings.run_dir / f"test_ubs{settings.update_batch_size}_stepsize{settings.update_lr}.csv"
+    # Another test of this run may end at the same moment.
+    with filelock.FileLock(settings.run_dir / "results.lock", timeout=LONGEST_WAIT):
+        write_whole(table, _original_csv(result))
+        entries = [other for other in read(settings.run_dir) if other["protocol"] != entry["protocol"]]
+        write_whole(settings.run_dir / "results.json", json.dumps([*entries, entry], indent=1))
+    return table
+
+
+def _original_csv(result: "TestResult") -> str:
+    """The original's table: a column per update, rows of means, standard deviations and intervals."""
+    text = io.StringIO()
+    rows = result.series(result.measure)
+    out = csv.writer(text)
+    out.writerow([f"update{i}" for i in range(len(rows.mean))])
+    out.writerows(values.tolist() for values in rows)
+    return text.getvalue()
+
+
+def versions() -> dict[str, str]:
+    """Of this program and of what it stands on."""
+    libraries = {name: importlib.metadata.version(name) for name in LIBRARIES}
+    return {"maml": maml.__version__, **libraries, "python": platform.python_version()}
+
+
+def hardware(device: str) -> str:
+    """The machine in words; `device`: what of it is used."""
+    return f"{platform.machine()}, {os.cpu_count()} cores; {device}"
+
+
+def read(run_dir: pathlib.Path) -> list[dict]:
+    """The results of a run folder, oldest first; none if nothing was tested yet."""
+    path = run_dir / "results.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+
+
+def find(settings: "Settings") -> dict | None:
+    """The result that a run with these settings would write, if it is there already."""
+    wanted = protocol(settings)
+    return next((entry for entry in read(settings.run_dir) if entry["protocol"] == wanted), None)
+
+
+def furthest(settings: "Settings") -> dict | None:
+    """The result that differs from what `find` looks for only by how long was trained, the longest."""
+
+    def but_iterations(entry_protocol: dict) -> dict:
+        return entry_protocol | {"checkpoint": str(entry_protocol["checkpoint"]).split()[0]}
+
+    wanted = but_iterations(protocol(settings))
+    trained = [entry for entry in read(settings.run_dir) if entry.get("trained_iterations")]
+    found = [entry for entry in trained if but_iterations(entry["protocol"]) == wanted]
+    return max(found, key=lambda entry: entry["trained_iterations"], default=None)

@@ -1,0 +1,1 @@
+"""Flags, what they say, and the paper's values."""

@@ -1,0 +1,1 @@
+"""The outer loop, training and evaluation; knows no learner, screen or disk."""

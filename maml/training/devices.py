@@ -1,0 +1,125 @@
+"""What the program runs on: the processor's cores, one GPU or several, one process or several.
+
+Everything that depends on the machine is decided here, before TensorFlow starts its devices.
+"""
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import tensorflow as tf
+
+from maml.errors import UserError
+from maml.settings.settings import Settings
+
+
+class Machine(NamedTuple):
+    """What was found, and set up.
+
+    Fields:
+        description: in words, for the header and the results.
+        strategy: mirrors the weights over several devices; None: there is one.
+        processes: that train together.
+        chief: whether this process writes and prints; of several, one does.
+    """
+
+    description: str
+    strategy: tf.distribute.Strategy | None = None
+    processes: int = 1
+    chief: bool = True
+
+    def scope(self) -> contextlib.AbstractContextManager:
+        """Variables made in it are mirrored on all devices."""
+        return self.strategy.scope() if self.strategy else contextlib.nullcontext()
+
+    @contextlib.contextmanager
+    def quiet_unless_chief(self) -> Iterator[None]:
+        """Drops what a process other than the chief prints."""
+        with contextlib.ExitStack() as stack:
+            if not self.chief:
+                nowhere = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
+                stack.enter_context(contextlib.redirect_stdout(nowhere))
+                stack.enter_context(contextlib.redirect_stderr(nowhere))
+            yield
+
+    def check_together(self, iteration: tf.Variable) -> None:
+        """Raises UserError if the processes are about to go on from different iterations."""
+        if self.processes == 1:
+            return
+
+        @tf.function
+        def means(own: tf.Tensor) -> tf.Tensor:
+            values = self.strategy.run(lambda: tf.stack([own, own**2]))
+            return self.strategy.reduce(tf.distribute.ReduceOp.MEAN, values, axis=None)
+
+        mean, mean_square = means(tf.cast(iteration, tf.float64)).numpy()
+        if mean_square > mean**2:
+            raise UserError(
+                f"the workers found different checkpoints, this one iteration {int(iteration)}. "
+                f"They need the same --logdir, on a disk that all of them see."
+            )
+
+
+def use(settings: Settings) -> Machine:
+    """Sets TensorFlow up for the machine; must come before anything that computes.
+
+    One GPU grows its memory as it needs it; several share each meta-batch, and so do the processes
+    that TF_CONFIG names; without a GPU, every core of the processor takes a task.
+
+    Raises:
+        UserError: if TF_CONFIG makes no sense, or the devices cannot share the meta-batch evenly.
+    """
+    workers, index = _workers(os.environ.get("TF_CONFIG", ""))
+    gpus = tf.config.list_physical_devices("GPU")
+    replicas = workers * max(1, len(gpus))
+    if settings.train and settings.meta_batch_size % replicas:
+        below = settings.meta_batch_size // replicas * replicas
+        raise UserError(
+            f"--meta_batch_size={settings.meta_batch_size}: found {replicas} devices in {workers} "
+            f"process{'es' * (workers > 1)}, which need equal parts of the meta-batch. Give a multiple of "
+            f"{replicas}, as {below or replicas} or {below + replicas}, or use fewer devices "
+            f"(CUDA_VISIBLE_DEVICES, TF_CONFIG)."
+        )
+    for gpu in gpus:
+        tf.config.experimental.set_memory_growth(gpu, True)
+    if gpus:
+        description = f"{len(gpus)} GPU{'s' * (len(gpus) > 1)}"
+    else:
+        tasks = max(1, settings.meta_batch_size // workers)
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        at_once = min(cores, tasks, settings.tasks_per_chunk or cores)
+        # A task per thread; but the large products of a batched network on images divide themselves.
+        large = settings.classification and not settings.conv
+        tf.config.threading.set_inter_op_parallelism_threads(at_once)
+        tf.config.threading.set_intra_op_parallelism_threads(cores if large else max(1, cores // at_once))
+        description = f"CPU, {cores} core{'s' * (cores > 1)}"
+    if settings.deterministic:
+        tf.config.experimental.enable_op_determinism()
+    if not settings.train:
+        return Machine(description, chief=index == 0)
+    if workers > 1:
+        description = f"{workers} processes, each {description}"
+        strategy = tf.distribute.MultiWorkerMirroredStrategy()
+        return Machine(description, strategy, workers, chief=index == 0)
+    return Machine(description, tf.distribute.MirroredStrategy() if len(gpus) > 1 else None)
+
+
+def _workers(text: str) -> tuple[int, int]:
+    """How many processes TF_CONFIG names, and which of them this is; (1, 0) if it is empty."""
+    if not text:
+        return 1, 0
+    try:
+        config = json.loads(text)
+        cluster, task = config.get("cluster", {}), config.get("task", {})
+        members = [(kind, i) for kind in ("chief", "worker") for i in range(len(cluster.get(kind, ())))]
+        if len(members) < 2:
+            return 1, 0
+        return len(members), members.index((task["type"], int(task["index"])))
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
+        raise UserError(
+            f"TF_CONFIG: found {text!r}, needed "
+            '{"cluster": {"worker": ["host:port", …]}, "task": {"type": "worker", "index": 0}} with '
+            "another index in each process. Mend it, or unset it to run on this machine alone."
+        ) from error

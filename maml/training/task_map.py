@@ -1,0 +1,116 @@
+"""How the tasks of a meta-batch are laid onto the machine; what is computed of each is the learner's."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Self
+
+import keras
+import tensorflow as tf
+
+from maml.episodes import Episode
+
+Results = Any  # a nested structure of tensors, the same for every task
+
+
+@dataclasses.dataclass
+class TaskMap:
+    """Takes means over tasks: batched or a task per thread, whole or in parts, on one device or several.
+
+    Fields:
+        vectorize: True: all tasks as one batched computation; False: each by itself on a thread.
+        jit_compile: compile with XLA.
+        tasks_per_chunk: tasks held in memory at once, in parts that are summed; None: as many as
+            `vectorize` makes one computation, else as many as there are threads.
+        strategy: shares every meta-batch out among its devices; None: one device.
+    """
+
+    vectorize: bool
+    jit_compile: bool
+    tasks_per_chunk: int | None = None
+    strategy: tf.distribute.Strategy | None = None
+
+    @classmethod
+    def choose(cls, network: keras.Model, vectorize: bool | None, jit_compile: bool | None, **rest) -> Self:
+        """As given and, where that is None, as measured to be fastest.
+
+        `tf.vectorized_map` has no convolution with a kernel per task: networks that have one run task by
+        task and uncompiled, since XLA would not keep each core on a task of its own.
+        """
+        if vectorize is None:
+            vectorize = all(len(variable.shape) <= 2 for variable in network.trainable_variables)
+        return cls(vectorize, vectorize if jit_compile is None else jit_compile, **rest)
+
+    def compiled(self, block: Callable) -> Callable:
+        """A whole block of training as one graph. With several devices XLA compiles each one's part alone.
+
+        Its loops are TensorFlow's already; AutoGraph would rewrite every function on the way, Keras' too,
+        which takes longer than the trace.
+        """
+        jit_compile = self.jit_compile and self.strategy is None
+        return tf.function(block, jit_compile=jit_compile, autograph=False)
+
+    def mean(self, one_task: Callable[[Episode], Results], episodes: Episode, like: Results) -> Results:
+        """The means over a meta-batch of what `one_task` returns; `like`: its shapes, as `tf.TensorSpec`s.
+
+        Every device of the strategy takes an equal part of the tasks.
+        """
+        if self.strategy is None:
+            return self._mean_on_this_device(one_task, episodes, like)
+
+        @tf.function(jit_compile=self.jit_compile, autograph=False)
+        def on_this_device(part: Episode) -> Results:
+            return self._mean_on_this_device(one_task, part, like)
+
+        def on_a_device() -> Results:
+            device = tf.distribute.get_replica_context()
+            count = episodes.support_x.shape[0] // device.num_replicas_in_sync
+            part = _some_tasks(episodes, device.replica_id_in_sync_group * count, count)
+            return device.all_reduce(tf.distribute.ReduceOp.MEAN, on_this_device(part))
+
+        means = self.strategy.run(on_a_device)  # the same on all
+        return tf.nest.map_structure(lambda mean: self.strategy.experimental_local_results(mean)[0], means)
+
+    def _mean_on_this_device(self, one_task: Callable, episodes: Episode, like: Results) -> Results:
+        tasks = episodes.support_x.shape[0]
+        chunk = self.tasks_per_chunk or tasks
+        if chunk >= tasks:
+            each = self.each(one_task, episodes, like)
+            return tf.nest.map_structure(lambda rows: tf.reduce_mean(rows, axis=0), each)
+
+        def add(sums: Results, begin: int | tf.Tensor, count: int) -> Results:
+            part = self.each(one_task, _some_tasks(episodes, begin, count), like)
+            return tf.nest.map_structure(lambda total, rows: total + tf.reduce_sum(rows, axis=0), sums, part)
+
+        whole = tasks - tasks % chunk
+        _, sums = tf.while_loop(
+            lambda begin, _: begin < whole,
+            lambda begin, sums: (begin + chunk, add(sums, begin, chunk)),
+            (0, tf.nest.map_structure(lambda spec: tf.zeros(spec.shape, spec.dtype), like)),
+            parallel_iterations=1,
+        )
+        if whole < tasks:
+            sums = add(sums, whole, tasks - whole)
+        return tf.nest.map_structure(lambda total: total / tasks, sums)
+
+    def each(self, one_task: Callable, episodes: Episode, like: Results) -> Results:
+        """The results of every task, with a leading axis of tasks."""
+        if self.vectorize:
+            return tf.vectorized_map(one_task, episodes)
+        # With one thread per operation (see `maml.training.devices`) a task per thread is nearly twice as
+        # fast on two cores as one task over both.
+        return tf.map_fn(
+            one_task,
+            episodes,
+            fn_output_signature=like,
+            parallel_iterations=tf.config.threading.get_inter_op_parallelism_threads() or 2,
+        )
+
+
+def _some_tasks(episodes: Episode, begin: int | tf.Tensor, count: int) -> Episode:
+    """`count` tasks from the one at `begin` on. A slice of constant size, as XLA wants it."""
+    return Episode(
+        *[
+            tf.slice(field, [begin] + [0] * (field.shape.rank - 1), [count, *field.shape[1:]])
+            for field in episodes
+        ]
+    )
