@@ -39,16 +39,16 @@ def main() -> None:
     )  # fmt: skip
     source, spec = table.load_data(settings), build.test_spec(settings)
     network, _ = trained_network(settings, from_run=False)
-    learner = build.build_learner(settings, network)
+    learner = build.build_training(settings, network)[-1].outer.algorithm
 
     @tf.function
     def adapted(x: tf.Tensor, y: tf.Tensor) -> list[tf.Tensor]:
         weights = learner.weights()
         for _ in range(STEPS):
-            weights, _ = learner.inner_step(weights, x, y)
+            weights, _ = learner.step(weights, x, y)
         return weights
 
-    predict = tf.function(learner.predict)
+    predict = tf.function(learner.outputs)
     found: dict[str, list[list[float]]] = {}
     random = np.random.default_rng(0)
     for i in range(options.tasks):

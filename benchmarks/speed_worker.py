@@ -21,11 +21,11 @@ import maml
 from benchmarks.plain_loop import PlainLoop
 from maml.datasets import sinusoid
 from maml.episodes import Episode
-from maml.learners.maml import Maml
 from maml.runs import build
-from maml.runs.train import LOG_INTERVAL
 from maml.settings.settings import Settings
 from maml.training import devices
+from maml.training.loop import BATCHED_BLOCK
+from maml.training.outer_loop import OuterLoop
 
 IMAGE_META_BATCHES = 4  # kept in memory and gone through again and again
 MATMUL_SIZE = 2048
@@ -85,15 +85,16 @@ def matmul_flops(network: keras.Model, settings: Settings) -> int:
     return settings.meta_batch_size * total
 
 
-def agreement(learner: Maml, loop: PlainLoop, episodes: Episode) -> dict[str, float]:
+def agreement(outer: OuterLoop, loop: PlainLoop, episodes: Episode) -> dict[str, float]:
     """How far our losses and meta-gradient on a meta-batch are from the plain loop's, relative.
 
     The gradient's is that of the variable that is furthest off, relative to its length, or to 1e-4 of the
     whole gradient's where it is less than that (a bias before batch norm has none).
     """
     # Both get the same floating-point pixels: TensorFlow may round the division by 255 either way.
-    episodes = learner.to_floating(episodes)
-    found, measures = tf.function(learner.meta_gradient, jit_compile=learner.tasks.vectorize)(episodes)
+    episodes = outer.algorithm.to_floating(episodes)
+    compiled = outer.tasks.vectorize
+    found, measures, _ = tf.function(outer.gradient, jit_compile=compiled)(episodes)
     needed, losses = tf.function(loop.meta_gradient)(episodes)
     whole = float(tf.linalg.global_norm(needed))
     off = [
@@ -138,13 +139,13 @@ def ours(settings: Settings) -> Timed:
 def blocks(settings: Settings) -> Timed:
     """Our learner as `maml.runs.train` drives it: as many iterations per call."""
     network, episodes = _begin(settings)
-    learner = build.build_learner(settings, network)
-    length = LOG_INTERVAL if learner.tasks.vectorize else 1
+    phase = build.build_training(settings, network)[-1]
+    length = phase.block_length
     parts = _cycle(episodes, lambda field, i: field[i : i + length], step=length)
     bounds = tf.constant(0), tf.constant(length)
 
     def call() -> dict[str, float]:
-        measures = learner.metatrain_block(next(parts), *bounds)
+        measures = phase.outer.block(next(parts), *bounds)
         support, query = measures["support_loss"].numpy(), measures["query_loss"].numpy()
         return {"support_loss": float(support[0, 0]), "query_loss": float(query[0])}
 
@@ -191,7 +192,9 @@ def serve(connection: Connection, kind: str, settings: Settings) -> None:
         few = dataclasses.replace(settings, meta_batch_size=min(AGREEMENT_TASKS, settings.meta_batch_size))
         network, episodes = _begin(few, dtype="float64")
         first = tf.nest.map_structure(lambda field: field[0], episodes)
-        connection.send(agreement(build.build_learner(few, network), PlainLoop(few, network), first))
+        connection.send(
+            agreement(build.build_training(few, network)[-1].outer, PlainLoop(few, network), first)
+        )
         return
     timed = TIMED[kind](settings)
     begin = time.perf_counter()
@@ -216,7 +219,9 @@ def _begin(settings: Settings, dtype: str = "float32") -> tuple[keras.Model, Epi
     """The same weights and episodes in every process."""
     keras.utils.set_random_seed(settings.seed)
     network = build.build_network(settings, settings.input_shape, dtype)
-    return network, random_episodes(settings, IMAGE_META_BATCHES if settings.classification else LOG_INTERVAL)
+    return network, random_episodes(
+        settings, IMAGE_META_BATCHES if settings.classification else BATCHED_BLOCK
+    )
 
 
 def _cycle(episodes: Episode, part: Callable, step: int) -> itertools.cycle:

@@ -13,20 +13,11 @@ subspace: a first layer that lets only the 3 coordinates through, so that a step
 them instead of in 50 dimensions.
 """
 
-from maml.commands import runner
+from maml import Episode, EpisodeSpec, Learner, UserError, cross_entropy, series
+from maml.datasets.random_stream import Stream
 
-with runner.silent_start():
-    import keras
-    import tensorflow as tf
-    from tqdm import tqdm
-
-    from maml.datasets.random_stream import Stream
-    from maml.episodes import Episode, EpisodeSpec
-    from maml.errors import UserError
-    from maml.learners.losses import cross_entropy
-    from maml.learners.maml import Maml
-    from maml.training.evaluate import measure_tasks, series
-    from maml.training.loop import stream_blocks
+import keras  # isort: skip
+import tensorflow as tf  # isort: skip
 
 DIMENSIONS, RELEVANT = 50, 3
 SPEC = EpisodeSpec(way=2, shot=10, query=10, seed=0)
@@ -61,22 +52,12 @@ class Points:
         return Episode(x[:, :support], y[:, :support], x[:, support:], y[:, support:])
 
 
-def linear(*hidden: int) -> Maml:
+def linear(*hidden: int) -> Learner:
     """A learner of a linear classifier: one layer, or more with the given widths between them."""
     keras.utils.set_random_seed(SPEC.seed)
     layers = [keras.layers.Dense(width) for width in (*hidden, SPEC.way)]
     network = keras.Sequential([keras.layers.Input((DIMENSIONS,)), *layers])
-    return Maml(network, cross_entropy(SPEC.shot), inner_lr=0.4, classification=True, meta_lr=0.01)
-
-
-def meta_train(learner: Maml, points: Points, iterations: int) -> None:
-    """Second-order MAML on the stream of training tasks."""
-    blocks = stream_blocks(points, SPEC, "train", meta_batch=META_BATCH, block=BLOCK)
-    with tqdm(total=iterations, desc="meta-training", unit="it", disable=None, leave=False) as bar:
-        for done in range(0, iterations, BLOCK):
-            count = min(BLOCK, iterations - done)
-            learner.metatrain_block(next(blocks), tf.constant(0), tf.constant(count))
-            bar.update(count)
+    return Learner(network, cross_entropy(SPEC.shot), inner_lr=0.4, meta_lr=0.01)
 
 
 def main(iterations: int = 1000, tasks: int = 600) -> None:
@@ -92,8 +73,9 @@ def main(iterations: int = 1000, tasks: int = 600) -> None:
         points = Points(rule)
         for name, learner in (("one layer", linear()), ("two layers", linear(10))):
             for when, count in (("before", 0), ("after", iterations)):
-                meta_train(learner, points, count)
-                result = measure_tasks(learner, points, SPEC, "test", tasks=tasks, steps=STEPS, progress=True)
+                if count:
+                    learner.fit(points, spec=SPEC, iterations=count, meta_batch=META_BATCH)
+                result = learner.evaluate(points, spec=SPEC, tasks=tasks, steps=STEPS)
                 mean, _, ci95 = series(100 * result.query["accuracy"])
                 cells = (f"{f'{m:.1f} ± {c:.1f}':>13}" for m, c in zip(mean, ci95, strict=True))
                 print(f"  {name:<12}{when:<7}" + "".join(cells), flush=True)

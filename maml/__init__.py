@@ -28,13 +28,13 @@ _HOMES = {
     "LayerNorm": "networks.layers",
     "LayerNormalization": "networks.layers",
     "Learner": "learners.library",
-    "Maml": "learners.maml",
     "UserError": "errors",
     "conv4": "networks.conv4",
     "cross_entropy": "learners.losses",
     "load_run": "runs.load",
     "mean_squared_error": "learners.losses",
     "mlp": "networks.mlp",
+    "series": "training.evaluate",
 }
 __all__ = [*_HOMES]
 
@@ -47,13 +47,13 @@ if TYPE_CHECKING:
     from maml.learners.library import Learner as Learner
     from maml.learners.losses import cross_entropy as cross_entropy
     from maml.learners.losses import mean_squared_error as mean_squared_error
-    from maml.learners.maml import Maml as Maml
     from maml.networks.conv4 import conv4 as conv4
     from maml.networks.layers import BatchNorm as BatchNorm
     from maml.networks.layers import LayerNorm as LayerNorm
     from maml.networks.layers import LayerNormalization as LayerNormalization
     from maml.networks.mlp import mlp as mlp
     from maml.runs.load import load_run as load_run
+    from maml.training.evaluate import series as series
 
 
 def __getattr__(name: str) -> object:

@@ -30,9 +30,10 @@ with runner.silent_start():
     tf.get_logger().setLevel("ERROR")  # every case is a network of its own, of which TensorFlow would warn
 
 from maml.episodes import Episode
-from maml.runs.build import build_learner, build_network
+from maml.runs.build import build_network
 from maml.runs.original import original_names
 from maml.settings.settings import FLAGS, Settings
+from tests.learning import Meta
 
 FLOAT64_TOLERANCE = 1e-6
 FLOAT32_TOLERANCE = 1e-4
@@ -89,7 +90,7 @@ def compute(case: dict, arrays: dict, dtype: str) -> dict[str, np.ndarray]:
     names = original_names(network)
     for name, variable in zip(names, network.trainable_variables, strict=True):
         variable.assign(arrays[f"init/{name}"])
-    learner = build_learner(settings, network)
+    learner = Meta.built(settings, network)
     joint = case["trained_on"].startswith("total_loss1")
     block_step = learner.pretrain_block if joint else learner.metatrain_block
     gradient_of = tf.function(

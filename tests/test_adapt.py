@@ -18,13 +18,13 @@ from maml.datasets.user_images import Photographs, Reader, natural
 from maml.episodes import Episode
 from maml.errors import Failure, UserError
 from maml.learners.losses import cross_entropy
-from maml.learners.maml import Maml
 from maml.reports import contact_sheet, predictions
 from maml.reports.predictions import Predictions
 from maml.runs import build
 from maml.runs.folder import Run
 from maml.runs.load import trained_network
 from maml.settings.settings import parse
+from tests.learning import Meta
 from tests.test_cli import python
 
 SIDE = 20
@@ -100,8 +100,8 @@ def test_published_weights_predict_as_the_learner_on_the_same_episode(photograph
         return tf.constant(x)[tf.newaxis], tf.constant([[c for c, _ in files]])
 
     # Every second class has two images to learn from, each of which weighs half.
-    learner = build.build_learner(settings, network)
-    learner.loss = lambda y, logits: sum(
+    learner = Meta.built(settings, network)
+    learner.algorithm.loss = lambda y, logits: sum(
         cross_entropy(1 + c % 2)(tf.boolean_mask(y, y == c), tf.boolean_mask(logits, y == c))
         for c in range(5)
     )
@@ -140,7 +140,7 @@ def test_outputs_without_a_class_have_no_part_in_loss_or_gradient():
         entropies = tf.nn.sparse_softmax_cross_entropy_with_logits(y, logits + mask)
         return tf.reduce_sum(entropies / tf.cast(y + 1, tf.float32))
 
-    learner = Maml(network, masked, inner_lr=0.1, classification=True, scale=255.0)
+    learner = Meta(network, masked, inner_lr=0.1, classification=True, scale=255.0)
     episode = Episode(support.pixels, support.labels, query.pixels, query.labels)
     episode = tf.nest.map_structure(lambda x: tf.constant(x)[tf.newaxis], episode)
     outputs = learner.evaluate(episode, tf.constant(3), True).predictions[0].numpy()
@@ -160,8 +160,8 @@ def test_adaptation_that_diverges_is_said():
 def test_a_run_of_omniglot_takes_colour_photographs(tmp_path, monkeypatch):
     flags = ("--datasource=omniglot", "--num_classes=3", "--noconv", f"--logdir={tmp_path}")
     settings = parse([*flags, "--train=False"])
-    learner = build.build_learner(settings, build.build_network(settings, (28, 28, 1)))
-    folder = Run(parse(flags), learner)
+    learner = Meta.built(settings, build.build_network(settings, (28, 28, 1)))
+    folder = Run(parse(flags), learner.phases)
     folder.begin(Episode(*[tf.zeros(1)] * 4))
     folder.iteration.assign(7)
     folder.save()

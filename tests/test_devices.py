@@ -11,18 +11,18 @@ import tensorflow as tf
 from maml.episodes import Episode
 from maml.errors import UserError
 from maml.learners.losses import cross_entropy
-from maml.learners.maml import Maml
 from maml.networks.conv4 import conv4
 from maml.networks.mlp import mlp
 from maml.settings import settings
 from maml.training import devices
 from tests.forked import Program
+from tests.learning import Meta
 
 TASKS, WAY = 6, 3
 SIDE = 16
 
 
-def learner(name: str, max_pool: bool = False, inner_steps: int = 2, **options) -> Maml:
+def learner(name: str, max_pool: bool = False, inner_steps: int = 2, **options) -> Meta:
     """A small learner in float64 with batch norm, always with the same weights."""
     shape = (SIDE, SIDE, 1)
     if name == "conv":
@@ -33,7 +33,7 @@ def learner(name: str, max_pool: bool = False, inner_steps: int = 2, **options) 
     for variable in network.trainable_variables:
         variable.assign(rng.normal(size=variable.shape) / np.sqrt(np.prod(variable.shape[:-1])))
     options |= dict(inner_lr=0.1, inner_steps=inner_steps, classification=True)
-    return Maml(network, cross_entropy(1), **options)
+    return Meta(network, cross_entropy(1), **options)
 
 
 def meta_batch(tasks: int = TASKS) -> Episode:
@@ -54,7 +54,7 @@ def assert_same(found: tuple, expected: tuple, relative: float = 1e-12) -> None:
         np.testing.assert_allclose(found[1][name], value, rtol=relative)
 
 
-def assert_same_weights(found: Maml, expected: Maml) -> None:
+def assert_same_weights(found: Meta, expected: Meta) -> None:
     """To 1e-8 of Adam's step of 1e-3: where the gradient is a rounding error, as before batch norm, less."""
     for one, other in zip(
         found.network.trainable_variables, expected.network.trainable_variables, strict=True
@@ -109,13 +109,13 @@ def test_training_in_chunks_trains_the_same_network():
 # --- Several devices ----------------------------------------------------------------------------------
 
 
-def state(maml: Maml) -> list[np.ndarray]:
+def state(maml: Meta) -> list[np.ndarray]:
     """Weights and optimizers."""
     variables = [*maml.network.trainable_variables, *maml.meta_optimizer.variables]
     return [variable.numpy() for variable in variables + maml.pretrain_optimizer.variables]
 
 
-def checkpoint(maml: Maml) -> tf.train.Checkpoint:
+def checkpoint(maml: Meta) -> tf.train.Checkpoint:
     return tf.train.Checkpoint(
         network=maml.network, meta=maml.meta_optimizer, pretrain=maml.pretrain_optimizer
     )

@@ -7,11 +7,11 @@ import re
 import numpy as np
 import pytest
 
-from examples.logistic_regression import DIMENSIONS, RELEVANT, SPEC, Points, linear, main, meta_train
+from examples.logistic_regression import DIMENSIONS, META_BATCH, RELEVANT, SPEC, Points, linear, main
 from maml.datasets.random_stream import Stream
 from maml.episodes import SPLITS, Episode, EpisodeSpec
 from maml.errors import UserError
-from maml.training.evaluate import Series, measure_tasks, series
+from maml.training.evaluate import Series, series
 from maml.training.loop import stream_blocks
 
 import tensorflow as tf  # isort: skip
@@ -31,8 +31,8 @@ def at_chance(means: np.ndarray, ci95: np.ndarray) -> bool:
 
 def accuracy(points: Points, *, iterations: int) -> Series:
     learner = linear(10)
-    meta_train(learner, points, iterations)
-    return series(100 * measure_tasks(learner, points, SPEC, "test", tasks=200, steps=3).query["accuracy"])
+    learner.fit(points, spec=SPEC, iterations=iterations, meta_batch=META_BATCH)
+    return series(100 * learner.evaluate(points, spec=SPEC, tasks=200, steps=3).query["accuracy"])
 
 
 # --- What is printed ----------------------------------------------------------------------------------
@@ -78,8 +78,8 @@ def test_one_layer_cannot_hold_the_structure(table):
 
 def test_the_first_layer_lets_the_shared_coordinates_through():
     learner = linear(10)
-    meta_train(learner, Points(rule=True), 300)
-    passed = np.linalg.norm(learner.network.weights[0].numpy(), axis=1)
+    learner.fit(Points(rule=True), spec=SPEC, iterations=300, meta_batch=META_BATCH)
+    passed = np.linalg.norm(learner.model.weights[0].numpy(), axis=1)
     assert passed.shape == (DIMENSIONS,)
     assert passed[:RELEVANT].min() > 4 * passed[RELEVANT:].max()
 

@@ -18,6 +18,7 @@ from maml.datasets.sinusoid import Sinusoid
 from maml.runs import build
 from maml.runs.folder import Run
 from maml.settings.settings import parse
+from tests.learning import Meta
 from tests.test_library_layers import KINDS, LOGITS, episodes, meta_batch, network
 
 import keras  # isort: skip
@@ -34,11 +35,11 @@ def test_training_is_the_programs():
     flags = ["--datasource=sinusoid", "--update_batch_size=10", "--update_lr=0.01"]
     assert default_map(parse(flags)).jit_compile
     settings = parse([*flags, "--jit_compile=false"])  # the same code; compiling it takes long
-    theirs = build.build_learner(settings, build.build_network(settings, (1,)))
+    theirs = Meta.built(settings, build.build_network(settings, (1,)))
     model = copied(theirs.network)
-    assert Learner(model, mean_squared_error, inner_lr=0.01).maml.tasks == default_map(parse(flags))
+    assert Learner(model, mean_squared_error, inner_lr=0.01).outer.tasks == default_map(parse(flags))
     ours = Learner(model, mean_squared_error, inner_lr=0.01, jit_compile=False)
-    assert ours.maml.tasks == theirs.tasks and ours.maml.tasks.vectorize
+    assert ours.outer.tasks == theirs.tasks and ours.outer.tasks.vectorize
     spec, source = build.train_spec(settings), Sinusoid()
 
     stream = maml.training.loop.stream_blocks(source, spec, "train", meta_batch=4, block=100)
@@ -51,17 +52,17 @@ def test_training_is_the_programs():
         np.testing.assert_allclose(np.concatenate([h[name] for h in history]), needed, rtol=1e-3)
     for one, other in zip(ours.model.get_weights(), theirs.network.get_weights(), strict=True):
         np.testing.assert_allclose(one, other, rtol=0, atol=1e-5)
-    same_meta_gradients(theirs, ours.maml)
+    same_meta_gradients(theirs, Meta.of(ours.outer))
     assert ours.iteration == 120
 
 
 def test_a_convolution_trains_as_the_program_does():
     settings = parse(["--datasource=omniglot", "--num_classes=3", "--update_batch_size=2", "--num_filters=4"])
-    theirs = build.build_learner(settings, build.build_network(settings, (28, 28, 1)))
+    theirs = Meta.built(settings, build.build_network(settings, (28, 28, 1)))
     model = copied(theirs.network)
     ours = Learner(model, cross_entropy(2), inner_lr=settings.update_lr, inner_steps=settings.num_updates)
-    assert ours.maml.tasks == theirs.tasks and not ours.maml.tasks.vectorize
-    assert ours.maml.classification
+    assert ours.outer.tasks == theirs.tasks and not ours.outer.tasks.vectorize
+    assert ours.algorithm.classification
     rng = np.random.default_rng(0)
     tasks = [(rng.integers(0, 2, (6, 28, 28, 1), np.uint8), np.arange(6) % 3) * 2 for _ in range(4)]
     batches = [meta_batch(tasks[i : i + 2]) for i in (0, 2, 0)]
@@ -73,11 +74,11 @@ def test_a_convolution_trains_as_the_program_does():
     for one, other in zip(model.trainable_variables, theirs.network.trainable_variables, strict=True):
         if not ("conv" in other.path and other.name == "bias"):  # batch norm leaves those noise alone
             np.testing.assert_allclose(one, other, rtol=0, atol=2e-4)
-    same_meta_gradients(theirs, ours.maml)
+    same_meta_gradients(theirs, Meta.of(ours.outer))
 
 
 def default_map(settings) -> maml.training.task_map.TaskMap:
-    return build.build_learner(settings, build.build_network(settings, (1,))).tasks
+    return Meta.built(settings, build.build_network(settings, (1,))).tasks
 
 
 def copied(model: keras.Model) -> keras.Model:
@@ -86,7 +87,7 @@ def copied(model: keras.Model) -> keras.Model:
     return copy
 
 
-def same_meta_gradients(theirs: maml.Maml, ours: maml.Maml) -> None:
+def same_meta_gradients(theirs: Meta, ours: Meta) -> None:
     """By what Adam keeps of those of all iterations, and of their squares."""
     kept = [[v.numpy() for v in learner.meta_optimizer.variables] for learner in (theirs, ours)]
     assert len(kept[0]) > 2 * len(ours.network.trainable_variables)
@@ -106,7 +107,7 @@ def test_an_adapted_model_predicts_what_was_measured_and_is_kept_in_a_file(kind,
     adapted = learner.adapt(x, y, steps=3)
     found = adapted(query_x).numpy()
     batch = meta_batch([(*part[:1], part[1][:, None], part[2], part[3][:, None]) for part in tasks[:1]])
-    needed = learner.maml.evaluate(batch, tf.constant(3), False).predictions[0]
+    needed = learner.algorithm.evaluate(batch, tf.constant(3), False).predictions[0]
     np.testing.assert_allclose(found, needed[-1], rtol=1e-4, atol=1e-5)
     assert np.abs(needed[-1] - needed[0]).max() > 1e-2
     np.testing.assert_allclose(adapted(query_x[:1]), found[:1], rtol=1e-4, atol=1e-5)  # whoever else is asked
@@ -157,7 +158,7 @@ def test_no_steps_take_the_statistics_alone_and_a_wild_step_is_told():
     adapted = learner.adapt(x, y, steps=0)
     for one, other in zip(adapted.trainable_variables, learner.model.trainable_variables, strict=True):
         np.testing.assert_array_equal(one, other)
-    needed = learner.maml.predict(learner.maml.weights(), tf.constant(x))
+    needed = learner.algorithm.outputs(learner.algorithm.weights(), tf.constant(x))
     np.testing.assert_allclose(adapted(x), needed, rtol=1e-5, atol=1e-6)
     with pytest.raises(Failure, match="not finite after 5 steps of α = 1e"):
         learner.adapt(x, y, steps=5)
@@ -180,12 +181,14 @@ def test_indices_are_exact_however_large():
     parity = L.Lambda(lambda x: x % 2, output_shape=(1,))
     model = keras.Sequential([inputs, parity, L.Embedding(2, 1), L.Flatten()])
     learner = Learner(model, "mse", inner_lr=0.5)
-    assert not learner.maml.tasks.vectorize
+    assert not learner.outer.tasks.vectorize
     x, y = np.array([[2**24], [2**24 + 1]]), np.array([-1.0, 1.0])
     before = model.get_weights()[0]
-    after = learner.maml.adapt(learner.maml.weights(), *map(tf.constant, (x, np.float32(y[:, None]))))[0][0]
+    after = learner.algorithm.adapt(
+        learner.algorithm.weights(), *map(tf.constant, (x, np.float32(y[:, None])))
+    )[0][0]
     np.testing.assert_allclose(after[:, 0], before[:, 0] - 0.5 * (before[:, 0] - y), rtol=1e-5)
-    fit = learner.maml.to_floating(tf.nest.map_structure(tf.constant, maml.Episode(x, y, x, y)))
+    fit = learner.algorithm.to_floating(tf.nest.map_structure(tf.constant, maml.Episode(x, y, x, y)))
     np.testing.assert_array_equal(fit.support_x, x)
 
 
@@ -202,8 +205,8 @@ def test_an_update_that_is_not_finite_is_not_made():
 
 def test_a_run_of_the_program_goes_on_in_python(tmp_path):
     settings = parse(["--datasource=sinusoid", "--update_lr=0.02", "--num_updates=3", f"--logdir={tmp_path}"])
-    theirs = build.build_learner(settings, build.build_network(settings, (1,)))
-    run = Run(settings, theirs)
+    theirs = Meta.built(settings, build.build_network(settings, (1,)))
+    run = Run(settings, theirs.phases)
     source, spec = Sinusoid(), build.train_spec(settings)
     episode = source.sample(spec, "train", tf.zeros(1, tf.int64))
     run.begin(episode)
@@ -211,7 +214,9 @@ def test_a_run_of_the_program_goes_on_in_python(tmp_path):
     run.save()
     run.end()
     learner = load_run(run.dir)
-    assert learner.iteration == 7 and learner.maml.inner_lr == 0.02 and learner.maml.inner_steps == 3
+    assert (
+        learner.iteration == 7 and learner.algorithm.inner_lr == 0.02 and learner.algorithm.inner_steps == 3
+    )
     x, y, query_x, _ = (field[0] for field in episode)
     needed = theirs.evaluate(episode, tf.constant(3)).predictions[0, 3]
     np.testing.assert_allclose(learner.adapt(x, y)(query_x), needed, rtol=1e-5, atol=1e-6)
@@ -228,22 +233,26 @@ def test_the_published_weights_take_photographs_as_they_are(data_dir):
     learner = load_run(path)
     flags = ["--datasource=miniimagenet", "--num_classes=5", "--update_batch_size=2", f"--init_from={path}"]
     settings = parse(flags)
-    theirs = build.build_learner(settings, build.build_network(settings, (84, 84, 3)))
-    Run(settings, theirs).begin_from(theirs.network)
+    theirs = Meta.built(settings, build.build_network(settings, (84, 84, 3)))
+    Run(settings, theirs.phases).begin_from(theirs.network)
     for one, other in zip(learner.model.get_weights(), theirs.network.get_weights(), strict=True):
         np.testing.assert_array_equal(one, other)
     pixels = np.random.default_rng(0).integers(0, 256, (10, 84, 84, 3), np.uint8)
     labels = np.arange(10, dtype=np.int32) % 5
     episode = tf.nest.map_structure(tf.constant, maml.Episode(pixels, labels, pixels, labels))
     logits = [
-        each.predict(each.weights(), each.to_floating(episode).query_x) for each in (theirs, learner.maml)
+        each.predict(each.weights(), each.to_floating(episode).query_x)
+        for each in (theirs, Meta.of(learner.outer))
     ]
     np.testing.assert_allclose(*logits, rtol=1e-3, atol=1e-3)
     # N times the mean, where the run's loss, a sum over one, would be twice that for two of each.
     np.testing.assert_allclose(
-        learner.maml.loss(labels, logits[0]), theirs.loss(labels, logits[0]), rtol=1e-5
+        learner.algorithm.loss(labels, logits[0]), theirs.loss(labels, logits[0]), rtol=1e-5
     )
-    assert learner.maml.inner_lr == theirs.inner_lr and learner.maml.inner_steps == theirs.inner_steps == 5
+    assert (
+        learner.algorithm.inner_lr == theirs.inner_lr
+        and learner.algorithm.inner_steps == theirs.inner_steps == 5
+    )
 
 
 # --- Names, and the examples --------------------------------------------------------------------------

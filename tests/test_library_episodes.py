@@ -33,8 +33,8 @@ def test_losses_are_means_over_the_examples():
 
 def test_labels_are_known_by_their_loss_and_probabilities_told_from_logits():
     model, sparse = network("functional"), keras.losses.SparseCategoricalCrossentropy
-    assert Learner(model, LOGITS, inner_lr=0.1).maml.classification
-    assert not Learner(model, "mse", inner_lr=0.1).maml.classification
+    assert Learner(model, LOGITS, inner_lr=0.1).algorithm.classification
+    assert not Learner(model, "mse", inner_lr=0.1).algorithm.classification
     for loss in ("sparse_categorical_crossentropy", sparse(), "binary_crossentropy"):
         with pytest.raises(UserError, match=r"the last layer, 'dense.*', is linear.*from_logits=True"):
             scalar_loss(loss, model)

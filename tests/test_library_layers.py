@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 import maml
-from maml import BatchNorm, LayerNorm, LayerNormalization, Learner, Maml, UserError
+from maml import BatchNorm, LayerNorm, LayerNormalization, Learner, UserError
+from tests.learning import Meta
 from tests.test_meta_gradient import TOLERANCE, deviations
 
 import keras  # isort: skip
@@ -145,7 +146,7 @@ def meta_batch(tasks: list[tuple[np.ndarray, ...]]) -> maml.Episode:
     return maml.Episode(x, y, query_x, query_y)
 
 
-def query_loss(learner: Maml, tasks: maml.Episode) -> Callable[[list[np.ndarray]], float]:
+def query_loss(learner: Meta, tasks: maml.Episode) -> Callable[[list[np.ndarray]], float]:
     """δ ↦ the mean query loss of training after adapting from θ + δ, with the noise of this iteration."""
     start = learner.weights()
     tasks = learner.to_floating(tasks)
@@ -177,7 +178,8 @@ def query_loss(learner: Maml, tasks: maml.Episode) -> Callable[[list[np.ndarray]
 def test_the_meta_gradient_is_the_finite_difference_and_the_same_batched(kind, compiled, float64):
     batched = ALL[kind][2]
     # One step has second derivatives too, and is traced three times where tasks are batched.
-    learner = Learner(network(kind), LOGITS, inner_lr=0.2, inner_steps=1 if batched else 2).maml
+    learner = Learner(network(kind), LOGITS, inner_lr=0.2, inner_steps=1 if batched else 2)
+    learner = Meta.of(learner.outer)
     assert learner.tasks.vectorize == learner.tasks.jit_compile == batched
     tasks = meta_batch(episodes(kind))
     learner.tasks.vectorize = False
@@ -212,7 +214,7 @@ def unfit(layer: L.Layer) -> keras.Model:
 def test_what_is_refused_would_be_wrong_and_only_in_second_order(make, first_order, float64):
     """`Maml` itself does not look; the same measure that passes above fails with Keras' norms."""
     model = unfit(make())
-    learner = Maml(model, LOGITS, inner_lr=0.2, classification=True, vectorize=False)
+    learner = Meta(model, LOGITS, inner_lr=0.2, classification=True, vectorize=False)
     learner.first_order = first_order
     rng = np.random.default_rng(4)
     tasks = [(rng.normal(size=(6, *model.input_shape[1:])), np.arange(6) % WAY) * 2 for _ in range(2)]
@@ -258,10 +260,10 @@ def test_layer_normalization_computes_what_keras_does(options):
 
 def test_noise_is_other_for_every_step_and_iteration_and_off_outside_training():
     learner = Learner(network("functional"), LOGITS, inner_lr=0.1, vectorize=False)
-    weights, x = learner.maml.weights(), tf.random.stateless_normal((N, 4), (1, 2))
+    weights, x = learner.algorithm.weights(), tf.random.stateless_normal((N, 4), (1, 2))
 
     def drawn() -> list[np.ndarray]:
-        return [learner.maml.predict(weights, x, noise=noise).numpy() for noise in (0, 0, 1, None, None)]
+        return [learner.algorithm.outputs(weights, x, noise=noise).numpy() for noise in (0, 0, 1, None, None)]
 
     before = drawn()
     learner.fit(episodes("functional"), iterations=1)
@@ -379,10 +381,10 @@ def test_a_class_of_ones_own_is_adapted_too():
     model = Own()
     model(x)
     learner = Learner(model, LOGITS, inner_lr=0.1)
-    assert not learner.maml.tasks.vectorize  # who knows what it calls
+    assert not learner.outer.tasks.vectorize  # who knows what it calls
     learner.fit(episodes("functional"), iterations=2)
     found = learner.adapt(x, y)(query_x)
-    needed = learner.maml.evaluate(meta_batch(episodes("functional")), tf.constant(1)).predictions[0]
+    needed = learner.algorithm.evaluate(meta_batch(episodes("functional")), tf.constant(1)).predictions[0]
     np.testing.assert_allclose(found, needed[1], rtol=1e-4, atol=1e-5)
     with pytest.raises(UserError, match=r"swap_norms: .* is a Own"):
         Learner(model, LOGITS, inner_lr=0.1, swap_norms=True)

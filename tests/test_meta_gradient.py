@@ -7,9 +7,9 @@ import pytest
 
 from maml.episodes import Episode
 from maml.learners.losses import cross_entropy, mean_squared_error
-from maml.learners.maml import Maml
 from maml.networks.conv4 import conv4
 from maml.networks.mlp import mlp
+from tests.learning import Meta
 
 import keras  # isort: skip
 import tensorflow as tf  # isort: skip
@@ -52,7 +52,7 @@ def episodes(name: str, rng: np.random.Generator) -> Episode:
     return tf.nest.map_structure(tf.constant, Episode(support_x, support_y, query_x, query_y))
 
 
-def learner(name: str, norm: str, rng: np.random.Generator, **options) -> Maml:
+def learner(name: str, norm: str, rng: np.random.Generator, **options) -> Meta:
     """A learner whose weights are of a size that gives every layer a say."""
     network = NETWORKS[name][1](norm)
     for variable in network.trainable_variables:
@@ -63,14 +63,14 @@ def learner(name: str, norm: str, rng: np.random.Generator, **options) -> Maml:
             variable.assign(0.3 * noise + (variable.name == "gamma"))
     classification = name != "mlp_sinusoid"
     loss = cross_entropy(SHOT) if classification else mean_squared_error
-    return Maml(network, loss, inner_lr=0.1, classification=classification, vectorize=False, **options)
+    return Meta(network, loss, inner_lr=0.1, classification=classification, vectorize=False, **options)
 
 
-def values_of(maml: Maml) -> list[np.ndarray]:
+def values_of(maml: Meta) -> list[np.ndarray]:
     return [variable.numpy() for variable in maml.network.trainable_variables]
 
 
-def adapted_query_loss(maml: Maml, tasks: Episode) -> Callable[[list[np.ndarray]], float]:
+def adapted_query_loss(maml: Meta, tasks: Episode) -> Callable[[list[np.ndarray]], float]:
     """δ ↦ the mean query loss after adapting from θ + δ, through `evaluate`."""
     start, steps = values_of(maml), tf.constant(maml.inner_steps)
 
@@ -82,7 +82,7 @@ def adapted_query_loss(maml: Maml, tasks: Episode) -> Callable[[list[np.ndarray]
     return at
 
 
-def shifted_query_loss(maml: Maml, tasks: Episode) -> Callable[[list[np.ndarray]], float]:
+def shifted_query_loss(maml: Meta, tasks: Episode) -> Callable[[list[np.ndarray]], float]:
     """δ ↦ the mean query loss at θ' + δ, θ' adapted from θ once and then fixed: first-order MAML's."""
     weights = [tf.constant(value) for value in values_of(maml)]
     each = [tf.nest.map_structure(lambda field, i=i: field[i], tasks) for i in range(TASKS)]
@@ -109,7 +109,7 @@ def central_difference(function: Callable, direction: list[np.ndarray], step: fl
     return (8 * (at(1) - at(-1)) - (at(2) - at(-2))) / (12 * step)
 
 
-def directions(maml: Maml, rng: np.random.Generator) -> list[list[np.ndarray]]:
+def directions(maml: Meta, rng: np.random.Generator) -> list[list[np.ndarray]]:
     """Random unit directions: one in all variables together, then one in each variable alone."""
     parts = [rng.normal(size=variable.shape) for variable in maml.network.trainable_variables]
     length = np.sqrt(sum((part**2).sum() for part in parts))
@@ -120,7 +120,7 @@ def directions(maml: Maml, rng: np.random.Generator) -> list[list[np.ndarray]]:
     return [[part / length for part in parts], *alone]
 
 
-def deviations(maml: Maml, gradient: list, function: Callable, rng: np.random.Generator) -> list[float]:
+def deviations(maml: Meta, gradient: list, function: Callable, rng: np.random.Generator) -> list[float]:
     """How far the gradient is from finite differences along each of `directions`.
 
     Relative to the slope, or to 1e-4 of the gradient's length where the slope is less than that, as
@@ -229,7 +229,7 @@ def test_a_linear_network_agrees_with_the_hand(steps, first_order, weight, loss,
     dense = keras.layers.Dense(1, use_bias=False, dtype="float64")
     network = keras.Sequential([keras.layers.Input((1,), dtype="float64"), dense])
     dense.kernel.assign([[1.0]])
-    maml = Maml(
+    maml = Meta(
         network,
         mean_squared_error,
         inner_lr=0.1,
@@ -256,7 +256,7 @@ def test_cross_entropy_is_summed_over_examples_and_divided_by_the_shots():
 # --- What must not matter, and what must --------------------------------------------------------------
 
 
-def small(norm: str = "batch_norm", inner_steps: int = 2, **options) -> tuple[Maml, Episode]:
+def small(norm: str = "batch_norm", inner_steps: int = 2, **options) -> tuple[Meta, Episode]:
     """A small image learner (in float64) and its tasks, always the same."""
     rng = np.random.default_rng(SEED)
     maml = learner("mlp_images", norm, rng, inner_steps=inner_steps, **options)
@@ -316,7 +316,7 @@ def test_evaluation_sees_the_losses_that_training_sees():
 BATCHED = {"conv_strided": False, "mlp_images": True}  # name: whether the learner runs all tasks as one
 
 
-def with_batch_norm(name: str) -> tuple[Maml, Episode]:
+def with_batch_norm(name: str) -> tuple[Meta, Episode]:
     rng = np.random.default_rng(SEED)
     maml = learner(name, "batch_norm", rng)
     maml.tasks.vectorize = BATCHED[name]
@@ -403,7 +403,7 @@ def blocks(tasks: Episode, length: int = 3) -> Episode:
 @pytest.mark.parametrize("phase", ["metatrain", "pretrain"])
 def test_a_block_is_its_steps_in_order_however_it_is_cut(phase, vectorize):
     model, tasks = small(norm="None", inner_steps=1)
-    maml = Maml(model.network, model.loss, inner_lr=0.1, classification=True, vectorize=vectorize)
+    maml = Meta(model.network, model.loss, inner_lr=0.1, classification=True, vectorize=vectorize)
     block = blocks(tasks)
     run = getattr(maml, f"{phase}_block")
     step = maml.meta_step if phase == "metatrain" else maml.pretrain_step
@@ -443,12 +443,12 @@ def test_nothing_is_traced_twice():
 
 
 def test_a_checkpoint_restores_weights_and_optimizers_bit_for_bit(tmp_path):
-    def checkpoint(maml: Maml) -> tf.train.Checkpoint:
+    def checkpoint(maml: Meta) -> tf.train.Checkpoint:
         return tf.train.Checkpoint(
             network=maml.network, meta=maml.meta_optimizer, pretrain=maml.pretrain_optimizer
         )
 
-    def state(maml: Maml) -> list[np.ndarray]:
+    def state(maml: Meta) -> list[np.ndarray]:
         optimizers = maml.meta_optimizer.variables + maml.pretrain_optimizer.variables
         return values_of(maml) + [variable.numpy() for variable in optimizers]
 

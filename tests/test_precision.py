@@ -8,13 +8,13 @@ import tensorflow as tf  # isort: skip
 
 from maml.datasets import table
 from maml.episodes import EpisodeSpec
-from maml.learners.maml import Maml
 from maml.networks.conv4 import conv4
 from maml.networks.mlp import mlp
 from maml.runs import build
 from maml.settings.settings import parse
 from maml.training import devices
 from maml.training.task_map import TaskMap
+from tests.learning import Meta
 from tests.test_devices import assert_same, learner, meta_batch
 
 NETWORKS = {
@@ -46,14 +46,14 @@ def test_convolutions_compiled_give_the_same_meta_gradient(pool):
     assert_same(found, tf.function(plain.meta_gradient, autograph=False)(meta_batch()), 1e-10)
 
 
-def sinusoid(*flags: str) -> tuple[Maml, tf.Tensor]:
+def sinusoid(*flags: str) -> tuple[Meta, tf.Tensor]:
     """A learner with the weights of seed 0, and a block of 500 meta-batches."""
     settings = parse([*flags, "--update_batch_size=10", "--update_lr=0.01"])
     keras.utils.set_random_seed(0)
     data = table.load_data(settings)
     episodes = data.sample(EpisodeSpec(5, 10, 10, 0), "train", tf.range(500 * 25, dtype=tf.int64))
     block = tf.nest.map_structure(lambda field: tf.reshape(field, (500, 25, *field.shape[1:])), episodes)
-    return build.build_learner(settings, build.build_network(settings, (1,))), block
+    return Meta.built(settings, build.build_network(settings, (1,))), block
 
 
 def test_mixed_precision_computes_in_bfloat16_and_keeps_weights_and_gradient():

@@ -16,6 +16,7 @@ from maml.networks.conv4 import conv4
 from maml.runs import build
 from maml.settings.settings import Settings
 from tests import forked
+from tests.learning import Meta
 from tests.test_cli import python
 
 # name: (settings of a small task of the kind, TASKS of them)
@@ -54,9 +55,9 @@ def first_meta_batch(settings: Settings):
 
 
 def block_graph_size(settings: Settings) -> int:
-    """The operations in our traced `metatrain_block`, those in its loops and maps included."""
+    """The operations in our traced block, those in its loops and maps included."""
     settings = dataclasses.replace(settings, num_updates=1)
-    learner = build.build_learner(settings, network_of(settings))
+    learner = Meta.built(settings, network_of(settings))
     traced = learner.metatrain_block.get_concrete_function(
         random_episodes(settings, 2), tf.constant(0), tf.constant(2)
     )
@@ -125,7 +126,7 @@ def test_the_plain_loop_and_ours_agree(name, order):
     settings = small(name, order)
     network = network_of(settings)
     episodes = first_meta_batch(settings)
-    ours, measures = build.build_learner(settings, network).meta_gradient(episodes)
+    ours, measures = Meta.built(settings, network).meta_gradient(episodes)
     theirs, losses = PlainLoop(settings, network).meta_gradient(episodes)
     np.testing.assert_allclose(measures["support_loss"][0], losses["support_loss"], rtol=1e-5)
     np.testing.assert_allclose(measures["query_loss"], losses["query_loss"], rtol=1e-4)
@@ -150,7 +151,7 @@ def test_the_check_before_timing_sees_a_wrong_learner():
     """First order in place of second, as `tf.nn.moments` would have it: right losses, wrong gradient."""
     settings = small("mlp_sinusoid")
     network = network_of(settings, "float64")
-    wrong = build.build_learner(small("mlp_sinusoid", order=1), network)
+    wrong = Meta.built(small("mlp_sinusoid", order=1), network)
     found = agreement(wrong, PlainLoop(settings, network), first_meta_batch(settings))
     assert found["query_loss"] < speed.TOLERANCE["float64"] < found["meta_gradient"]
     row = {"workload": "mlp", "order": 2, "agreement": {f"float64_{name}": x for name, x in found.items()}}

@@ -21,9 +21,10 @@ from maml.episodes import Episode, EpisodeSpec
 from maml.reports import episode_pictures, tensorboard
 from maml.runs import build, results
 from maml.runs.folder import Run
-from maml.runs.train import train
+from maml.runs.train import train, validation_row
 from maml.settings.settings import parse
 from maml.training import evaluate
+from tests.learning import Meta
 
 LAST = 6  # iterations, each a point of its own and followed by a validation
 FLAGS = (f"--metatrain_iterations={LAST}", "--save_interval=1", "--test_num_updates=2", "--num_test_tasks=4",
@@ -63,11 +64,23 @@ def pictures(folder: pathlib.Path, tag: str) -> dict[int, bytes]:
 def begun(logdir: pathlib.Path, *flags: str) -> tuple:
     settings = parse([f"--logdir={logdir}", *FLAGS, *flags])
     keras.utils.set_random_seed(0)
-    learner = build.build_learner(settings, build.build_network(settings, (1,)))
-    run, data = Run(settings, learner), table.load_data(settings)
+    learner = Meta.built(settings, build.build_network(settings, (1,)))
+    run, data = Run(settings, learner.phases), table.load_data(settings)
     run.begin(data.sample(build.train_spec(settings), "train", tf.zeros(1, tf.int64)))
     tensorboard.begin(run, data, settings, "this machine")
     return settings, learner, data, run
+
+
+def trained_as(training: tuple) -> None:
+    settings, learner, data, run = training
+    train(settings, learner.phases, data, run, tensorboard.Watcher(run, data, learner.algorithm))
+
+
+def validated(training: tuple, result: evaluate.TestResult) -> None:
+    """As `train` does after a validation."""
+    _, learner, data, run = training
+    tensorboard.Watcher(run, data, learner.algorithm).validated(result)
+    run.record_validation(validation_row(result))
 
 
 def evaluated(training: tuple, *flags: str) -> dict:
@@ -75,7 +88,7 @@ def evaluated(training: tuple, *flags: str) -> dict:
     settings, learner, data, run = training
     settings = parse([f"--logdir={settings.logdir}", *FLAGS, *flags])
     result = evaluate.measure_tasks(
-        learner, data, build.test_spec(settings), settings.split, tasks=4, steps=2
+        learner.algorithm, data, build.test_spec(settings), settings.split, tasks=4, steps=2
     )
     results.write(settings, result, int(run.iteration), "this machine")
     tensorboard.show_tests(run)
@@ -85,7 +98,7 @@ def evaluated(training: tuple, *flags: str) -> dict:
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     training = begun(tmp_path_factory.mktemp("trained"))
-    train(*training)
+    trained_as(training)
     training[3].end()
     return training
 
@@ -154,7 +167,7 @@ def test_killed_and_gone_on_with_it_shows_the_same(trained, tmp_path):
     (copy / "validation.csv").write_text("\n".join(lines[:5]) + "\n")
     again = begun(tmp_path)
     assert int(again[3].iteration) == 5
-    train(*again)
+    trained_as(again)
     for writer in ("train", "validation"):
         before, after = shown(run.dir / writer), shown(copy / writer)
         assert len({(point.step, point.tag) for point in after}) == len(after)
@@ -209,7 +222,7 @@ def test_every_test_is_a_row_of_hparams_once(trained):
 def test_without_log_nothing_is_written(tmp_path, trained):
     settings, learner, data, run = begun(tmp_path, "--nolog")
     two = {"loss": np.ones((4, 3))}
-    tensorboard.record_validation(settings, learner, data, run, evaluate.TestResult(two, two))
+    validated((settings, learner, data, run), evaluate.TestResult(two, two))
     evaluated((settings, learner, data, run))
     assert rows_of(run.dir) and not list(tmp_path.rglob("*tfevents*"))
 
@@ -234,8 +247,8 @@ def test_right_and_wrong_predictions_have_other_frames(tmp_path):
     data = ImageClasses("test", {split: ClassImages.in_memory(images) for split in ("train", "val")})
     flags = ["--datasource=omniglot", "--num_classes=3", "--update_batch_size=1", "--test_num_query=2"]
     settings = parse([f"--logdir={tmp_path}", "--noconv", "--metatrain_iterations=2", *FLAGS[1:], *flags])
-    learner = build.build_learner(settings, build.build_network(settings, (28, 28, 1)))
-    run = Run(settings, learner)
+    learner = Meta.built(settings, build.build_network(settings, (28, 28, 1)))
+    run = Run(settings, learner.phases)
     run.begin(data.sample(build.train_spec(settings), "train", tf.zeros(1, tf.int64)))
     labels = data.sample(build.test_spec(settings), "val", tf.range(2, dtype=tf.int64)).query_y.numpy()
     nearly = labels.copy()
@@ -245,7 +258,7 @@ def test_right_and_wrong_predictions_have_other_frames(tmp_path):
         outputs = np.repeat(np.eye(3)[predicted][:, np.newaxis], 3, axis=1)
         measures = {name: np.full((2, 3), 0.5) for name in ("loss", "accuracy")}
         result = evaluate.TestResult(measures, measures, outputs)
-        tensorboard.record_validation(settings, learner, data, run, result)
+        validated((settings, learner, data, run), result)
     drawn = pictures(run.dir / "validation", "adaptation/predictions")
     (no_green, all_red), (green, red) = colours(drawn[1]), colours(drawn[2])
     assert no_green < 30 and red > 0

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from tqdm import tqdm
 
     from maml.episodes import Episode, EpisodeSource, EpisodeSpec
-    from maml.learners.maml import Maml
     from maml.training.evaluate import TestResult
+    from maml.training.loop import Phase
 
 
 QUERIES = (1, 5, 15)  # per class: the original's at 1-shot, a cheap one, the usual one
@@ -86,7 +86,7 @@ def queries_that_fit(settings: Settings, data: "EpisodeSource") -> list[int]:
     return fitting
 
 
-def checkpoints(settings: Settings, learner: "Maml") -> dict[int, list[str]]:
+def checkpoints(settings: Settings, phases: "list[Phase]") -> dict[int, list[str]]:
     """The checkpoints to try: {iteration: ["newest"], ["best"] or both}; a best one not known is said aloud.
 
     Raises:
@@ -96,7 +96,7 @@ def checkpoints(settings: Settings, learner: "Maml") -> dict[int, list[str]]:
 
     found: dict[int, list[str]] = {}
     for kind in CHECKPOINTS:
-        folder = Run(dataclasses.replace(settings, checkpoint=kind), learner)
+        folder = Run(dataclasses.replace(settings, checkpoint=kind), phases)
         try:
             folder.restore()
         except UserError as error:
@@ -234,17 +234,17 @@ def _work(operands: list[str]) -> None:
     queries = queries_that_fit(settings, data)
     spec = build.test_spec(dataclasses.replace(settings, test_num_query=queries[0]))
     one = table.first_episode(data, spec, settings.split)
-    learner = build.build_learner(settings, build.build_network(settings, one.support_x.shape[2:]))
-    todo = variants(settings, checkpoints(settings, learner), queries)
+    phases = build.build_training(settings, build.build_network(settings, one.support_x.shape[2:]))
+    todo = variants(settings, checkpoints(settings, phases), queries)
 
     print(head(settings), flush=True)
     measured = []
     total = len(todo) * settings.num_test_tasks
     with tqdm(total=total, desc="testing", unit="task", disable=None, leave=False) as bar:
         for variant in todo:
-            Run(variant.settings, learner).restore()
+            Run(variant.settings, phases).restore()
             result = evaluate.measure_tasks(
-                learner,
+                phases[-1].outer.algorithm,
                 _Counted(data, bar),
                 build.test_spec(variant.settings),
                 settings.split,

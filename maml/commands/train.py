@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import keras
 
     from maml.episodes import EpisodeSource
-    from maml.learners.maml import Maml
+    from maml.learners.base import Algorithm
     from maml.runs.folder import Run
     from maml.training.devices import Machine
 
@@ -81,27 +81,30 @@ def _train_and_test(settings: Settings, machine: "Machine") -> None:
         raise UserError(f"{error}{other}") from error
     with machine.scope():
         network = build.build_network(settings, tested.support_x.shape[2:])
-        learner = build.build_learner(settings, network, machine.strategy)
+        phases = build.build_training(settings, network, machine.strategy)
     print(_line("network", _described(settings, network)), flush=True)
-    folder = Run(settings, learner, chief=machine.chief)
+    folder = Run(settings, phases, chief=machine.chief)
     if settings.train:
         if settings.init_from and settings.init_from != RANDOM:
-            folder.begin_from(learner.network)
+            folder.begin_from(network)
         folder.begin(table.first_episode(data, build.train_spec(settings), "train"))
         machine.check_together(folder.iteration)
         if int(folder.iteration):
             print(f"resumed from iteration {int(folder.iteration)} of {settings.iterations}", flush=True)
         if machine.chief:
             tensorboard.begin(folder, data, settings, machine.description)
-        train(settings, learner, data, folder)
+        watcher = tensorboard.Watcher(folder, data, phases[-1].outer.algorithm)
+        train(settings, phases, data, folder, watcher)
         folder.end()
     if machine.chief:
         if not settings.train or settings.checkpoint == "best":
             folder.restore()
-        _test(settings, learner, data, folder, machine.description)
+        _test(settings, phases[-1].outer.algorithm, data, folder, machine.description)
 
 
-def _test(settings: Settings, learner: "Maml", data: "EpisodeSource", folder: "Run", device: str) -> None:
+def _test(
+    settings: Settings, learner: "Algorithm", data: "EpisodeSource", folder: "Run", device: str
+) -> None:
     from maml.reports import sinusoid_fits, tensorboard, test_table
     from maml.runs import build, results
     from maml.training import evaluate

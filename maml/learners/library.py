@@ -12,12 +12,14 @@ from maml.learners.maml import Maml
 from maml.networks.checks import copy_of, is_batched, refuse_unfit, with_exact_norms
 from maml.networks.stateless import Weights
 from maml.training import given
+from maml.training.adam import Adam
 from maml.training.evaluate import TestResult, measure_tasks
 from maml.training.given import Episodes, Needs
+from maml.training.loop import METATRAIN, Phase, updates
+from maml.training.outer_loop import OuterLoop
+from maml.training.task_map import TaskMap
 
 Loss = str | keras.losses.Loss | LossFunction
-
-BLOCK = 100  # iterations per call where tasks are batched, as in `maml.runs.train`
 
 
 class Learner:
@@ -34,7 +36,8 @@ class Learner:
 
     Attributes:
         model: its weights are the meta-learned initialisation θ.
-        maml: the `maml.learners.maml.Maml` that computes.
+        algorithm: the `maml.learners.maml.Maml` that computes.
+        outer: the `OuterLoop` that updates it.
         iteration: updates made.
     """
 
@@ -96,21 +99,20 @@ class Learner:
         refuse_unfit(self.model, first_order)
         if vectorize is None and not is_batched(self.model):
             vectorize = False
-        self.maml = Maml(
+        self.algorithm = Maml(
             self.model,
             scalar_loss(loss, self.model),
             inner_lr=inner_lr,
             inner_steps=inner_steps,
             first_order=first_order,
             classification=takes_labels(loss) if classification is None else classification,
-            meta_lr=meta_lr,
             clip=clip,
-            vectorize=vectorize,
-            jit_compile=jit_compile,
-            tasks_per_chunk=tasks_per_chunk,
+            tasks_at_once=tasks_per_chunk or 10,
         )
+        tasks = TaskMap.choose(self.model, vectorize, jit_compile, tasks_per_chunk=tasks_per_chunk)
+        self.outer = OuterLoop(self.algorithm, Adam(meta_lr), tasks)
         self.iteration = 0
-        self._needs = Needs.of(self.model, labels=self.maml.classification, alike=not is_custom(loss))
+        self._needs = Needs.of(self.model, labels=self.algorithm.classification, alike=not is_custom(loss))
         self._adapt = tf.function(self._adapted, reduce_retracing=True)
 
     def fit(
@@ -145,6 +147,7 @@ class Learner:
             Failure: if a loss or the meta-gradient is not finite; that update was not made.
         """
         _refuse_below(1, iterations=iterations, meta_batch=meta_batch)
+        phase = Phase(METATRAIN, self.outer, self.iteration + iterations)
         blocks = given.training_blocks(
             episodes,
             self._needs,
@@ -153,24 +156,21 @@ class Learner:
             meta_batch=meta_batch,
             begin=self.iteration,
             iterations=iterations,
-            length=BLOCK if self.maml.tasks.vectorize else 1,
+            length=phase.block_length,
         )
         parts: list[dict[str, np.ndarray]] = []
         hidden = None if progress is None else not progress
         with tqdm(total=iterations, desc="meta-training", unit="it", leave=False, disable=hidden) as bar:
-            for block, first, last in blocks:
-                measures = self.maml.metatrain_block(block, tf.constant(first), tf.constant(last))
-                measures = {name: values.numpy()[first:last] for name, values in measures.items()}
-                if (skipped := measures.pop("skipped") > 0).any():
-                    self.iteration += int(skipped.argmax())
+            for update in updates([phase], blocks, begin=self.iteration):
+                bar.update(update.iteration - self.iteration)
+                self.iteration = update.iteration
+                if update.failed is not None:
                     raise Failure(
                         f"iteration {self.iteration}: a loss or the meta-gradient is not finite, so that the "
                         f"update was not made. If there is no NaN in the episode, a smaller inner_lr or "
                         f"meta_lr, or clip=10, may help."
                     )
-                self.iteration += last - first
-                parts.append(measures)
-                bar.update(last - first)
+                parts.append({name: rows for name, rows in update.measures.items() if name != "skipped"})
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
     def evaluate(
@@ -198,12 +198,12 @@ class Learner:
         Raises:
             UserError: if the episodes do not fit the model, or are fewer.
         """
-        steps = self.maml.inner_steps if steps is None else steps
+        steps = self.algorithm.inner_steps if steps is None else steps
         _refuse_below(1, tasks=tasks)
         _refuse_below(0, steps=steps)
         source = given.as_source(episodes, self._needs, spec, split)
         return measure_tasks(
-            self.maml, source, spec, split, tasks=tasks, steps=steps, transductive=transductive
+            self.algorithm, source, spec, split, tasks=tasks, steps=steps, transductive=transductive
         )
 
     def adapt(
@@ -225,14 +225,14 @@ class Learner:
             UserError: if they do not fit the model.
             Failure: if the adapted weights are not finite.
         """
-        steps = self.maml.inner_steps if steps is None else steps
+        steps = self.algorithm.inner_steps if steps is None else steps
         _refuse_below(0, steps=steps)
         x, y, *_ = self._needs.fitting((support_x, support_y, support_x, support_y))
         weights, state = self._adapt(tf.convert_to_tensor(x), tf.convert_to_tensor(y), tf.constant(steps))
         if not all(np.isfinite(values).all() for values in weights):
             raise Failure(
-                f"the weights are not finite after {steps} steps of α = {self.maml.inner_lr:g}. Take fewer "
-                f"steps or a smaller inner_lr."
+                f"the weights are not finite after {steps} steps of α = {self.algorithm.inner_lr:g}. "
+                f"Take fewer steps or a smaller inner_lr."
             )
         values = {id(v): value for v, value in zip(self.model.trainable_variables, weights, strict=True)}
         others = self.model.non_trainable_variables
@@ -246,13 +246,13 @@ class Learner:
 
     def _adapted(self, x: tf.Tensor, y: tf.Tensor, steps: tf.Tensor) -> tuple[Weights, Weights]:
         """The weights after some inner steps on a support set, and the non-trainable values with them."""
-        x, y, *_ = self.maml.to_floating(Episode(x, y, x, y))
+        x, y, *_ = self.algorithm.to_floating(Episode(x, y, x, y))
         _, weights = tf.while_loop(
             lambda step, _: step < steps,
-            lambda step, weights: (step + 1, self.maml.inner_step(weights, x, y)[0]),
-            (0, self.maml.weights()),
+            lambda step, weights: (step + 1, self.algorithm.step(weights, x, y)[0]),
+            (0, self.algorithm.weights()),
         )
-        return weights, self.maml.state_after(weights, x)
+        return weights, self.algorithm.stateless.state_after(weights, x)
 
 
 def _refuse_below(least: int, **numbers: int) -> None:

@@ -1,26 +1,69 @@
-"""Networks as functions of their weights."""
+"""Networks as functions of their weights: outputs, norm statistics and noise of given values."""
 
 import keras
 import tensorflow as tf
 
+from maml.networks.layers import batch_statistics
+
 Weights = list[tf.Tensor]
 
 
-def _gradients(tape: tf.GradientTape, loss: tf.Tensor, weights: Weights) -> Weights:
+class Stateless:
+    """A built Keras network, called with weights that are given as values and never assigned.
+
+    TensorFlow differentiates through such a call any number of times.
+    """
+
+    def __init__(self, network: keras.Model):
+        """Wraps the network, whose variables stay as they are."""
+        self.network = network
+        self._seeds = [v for v in network.non_trainable_variables if v.name == "seed_generator_state"]
+
+    def outputs(
+        self,
+        weights: Weights,
+        x: tf.Tensor,
+        support_x: tf.Tensor | None = None,
+        noise: int | None = None,
+    ) -> tf.Tensor:
+        """The network's outputs [n, outputs] on inputs x [n, …], with the given weights.
+
+        Batch norm takes the statistics of x itself or, where it is given, of `support_x` [m, …].
+        Dropout and other noise is off unless `noise` numbers the draw: a number draws the same for every
+        task of a meta-batch, and other noise after every update of the weights.
+        """
+        if support_x is None:
+            return self._by_batch(weights, x, noise)[0]
+        state = self.state_after(weights, support_x)
+        return self.network.stateless_call(weights, state, x, training=False)[0]
+
+    def state_after(self, weights: Weights, x: tf.Tensor) -> Weights:
+        """The network's non-trainable values with the batch-norm statistics of x [n, …]."""
+        return self._by_batch(weights, x, None)[1]
+
+    def renew_noise(self) -> None:
+        """Makes the next draws of every number other ones."""
+        for seed in self._seeds:
+            seed.assign(_folded(seed, 0))
+
+    def _by_batch(self, weights: Weights, x: tf.Tensor, noise: int | None) -> tuple[tf.Tensor, Weights]:
+        variables = self.network.non_trainable_variables
+        state = [variable.value for variable in variables]
+        if noise is not None and self._seeds:
+            seeds = {id(seed) for seed in self._seeds}
+            state = [_folded(v, noise + 1) if id(v) in seeds else v.value for v in variables]
+        with batch_statistics():
+            return self.network.stateless_call(weights, state, x, training=noise is not None)
+
+
+def gradients(tape: tf.GradientTape, loss: tf.Tensor, weights: Weights) -> Weights:
     """The gradients in the weights, dense: an embedding's come as slices, which cannot be stepped along."""
     return [tf.convert_to_tensor(g) for g in tape.gradient(loss, weights, unconnected_gradients="zero")]
 
 
-def _takes_integers(network: keras.Model) -> bool:
+def takes_integers(network: keras.Model) -> bool:
+    """Whether an input of the network is of an integer type, as for an embedding."""
     return any(tf.as_dtype(x.dtype).is_integer for x in getattr(network, "inputs", None) or ())
-
-
-def _folded(seed: keras.Variable, number: int) -> tf.Tensor:
-    """A seed as unlike the given one as one drawn at random, and for every number another."""
-    folded = tf.random.experimental.stateless_fold_in(
-        tf.cast(seed.value, tf.int64), tf.constant(number, tf.int64)
-    )
-    return tf.cast(folded, seed.dtype)
 
 
 def adapted_weights(network: keras.Model) -> list[bool]:
@@ -35,3 +78,11 @@ def adapted_weights(network: keras.Model) -> list[bool]:
         for variable in layer.trainable_variables
     }
     return [id(variable) not in kept for variable in network.trainable_variables]
+
+
+def _folded(seed: keras.Variable, number: int) -> tf.Tensor:
+    """A seed as unlike the given one as one drawn at random, and for every number another."""
+    folded = tf.random.experimental.stateless_fold_in(
+        tf.cast(seed.value, tf.int64), tf.constant(number, tf.int64)
+    )
+    return tf.cast(folded, seed.dtype)

@@ -1,4 +1,4 @@
-"""TODO reports.sinusoid_fits."""
+"""Fits of sinusoids before and after adaptation, as PNG."""
 
 import pathlib
 from typing import NamedTuple
@@ -10,14 +10,14 @@ from matplotlib.figure import Figure
 
 from maml.datasets.sinusoid import Sinusoid
 from maml.episodes import Episode, EpisodeSpec
-from maml.learners.maml import Maml
+from maml.learners.base import Algorithm
 from maml.reports.episode_pictures import BLUE, RED, _as_png
 
 GRID = 200  # points a curve is drawn through
 
 
 def sinusoid_fits(
-    path: pathlib.Path, learner: Maml, data: Sinusoid, spec: EpisodeSpec, *, steps: int, tasks: int = 4
+    path: pathlib.Path, learner: Algorithm, data: Sinusoid, spec: EpisodeSpec, *, steps: int, tasks: int = 4
 ) -> None:
     """Draws fits before and after adaptation to the first test tasks (the paper's figure 2).
 
@@ -52,7 +52,9 @@ class _Fit(NamedTuple):
     support_y: np.ndarray
 
 
-def _fits(learner: Maml, data: Sinusoid, spec: EpisodeSpec, split: str, steps: int, tasks: int) -> list[_Fit]:
+def _fits(
+    learner: Algorithm, data: Sinusoid, spec: EpisodeSpec, split: str, steps: int, tasks: int
+) -> list[_Fit]:
     indices = tf.range(tasks, dtype=tf.int64)
     told = Sinusoid(oracle=True).sample(spec, split, indices).support_x
     amplitude, phase = told[:, :1, 1:2], told[:, :1, 2:3]
@@ -82,7 +84,7 @@ def _fit_panel(axis: Axes, fit: _Fit, steps: int) -> None:
 # --- Small pictures for TensorBoard, drawn while training waits ----------------------------------------
 
 
-def fits_so_far(learner: Maml, data: Sinusoid, spec: EpisodeSpec, steps: int) -> bytes:
+def fits_so_far(learner: Algorithm, data: Sinusoid, spec: EpisodeSpec, steps: int) -> bytes:
     """A PNG of the fits to the first four validation tasks; their axes stay the same through a training."""
     figure = Figure(figsize=(5.2, 4.4))
     figure.subplots_adjust(0.07, 0.2, 0.99, 0.93, wspace=0.06, hspace=0.3)

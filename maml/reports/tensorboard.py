@@ -10,14 +10,16 @@ from tensorboard.plugins.hparams import api
 
 from maml.datasets import table
 from maml.episodes import EpisodeSource
-from maml.learners.maml import Maml
+from maml.learners.base import Algorithm
 from maml.reports import episode_pictures, sinusoid_fits
 from maml.runs import build, results
 from maml.runs.files import tag, validations
 from maml.runs.folder import Run
+from maml.runs.train import DIVERGED, validation_row
 from maml.settings import jobs
 from maml.settings.settings import Settings
 from maml.training.evaluate import SHOWN, TestResult, series
+from maml.training.loop import Phase
 
 BEFORE = "before_adaptation"  # sorts after the charts of what comes of it
 # {what a result's protocol calls it: the flag}; the table of tests has these, and those of the run below.
@@ -49,19 +51,41 @@ def begin(run: Run, data: EpisodeSource, settings: Settings, device: str) -> Non
     episode_pictures.write_first_episodes(run, data, settings)
 
 
+class Watcher:
+    """Shows a training in TensorBoard; see `maml.runs.train.Watcher`."""
+
+    def __init__(self, run: Run, data: EpisodeSource, algorithm: Algorithm):
+        """Watches the training of an algorithm in a run folder."""
+        self._run, self._data, self._algorithm = run, data, algorithm
+
+    def trained(self, phase: Phase, means: Mapping[str, np.ndarray], skipped: int, rate: float) -> None:
+        """Writes the points of the training curves."""
+        self._run.write_scalars("train", training_scalars(phase, means, skipped, rate))
+
+    def validated(self, result: TestResult) -> None:
+        """Writes the points of a validation, and now and then its pictures."""
+        run, settings = self._run, self._run.settings
+        run.write_scalars("validation", validation_scalars(settings, result))
+        iteration = int(run.iteration)
+        before = {i: row for i, row in sorted(validations(run.dir).items()) if i < iteration}
+        if settings.log and (is_drawn(len(before) + 1) or iteration == settings.iterations):
+            pictures = _pictures(settings, self._algorithm, self._data, iteration, result, before)
+            for name, png in pictures.items():
+                run.write_picture("validation", f"adaptation/{name}", png)
+
+
 def training_scalars(
-    learner: Maml, means: Mapping[str, np.ndarray], pretraining: bool, rate: float, skipped: int
+    phase: Phase, means: Mapping[str, np.ndarray], skipped: int, rate: float
 ) -> dict[str, float]:
     """The points of the training curves.
 
     Args:
-        learner: that is trained.
+        phase: that the iterations belong to.
         means: of its measures over some iterations; empty if no update was made.
-        pretraining: they were iterations of joint training.
-        rate: iterations per second.
         skipped: updates left out.
+        rate: iterations per second.
     """
-    optimizer = learner.pretrain_optimizer if pretraining else learner.meta_optimizer
+    algorithm, optimizer = phase.outer.algorithm, phase.outer.optimizer
     scalars = {
         "optimisation/meta_lr": float(optimizer.learning_rate.numpy()),
         "optimisation/iterations_per_second": rate,
@@ -72,10 +96,10 @@ def training_scalars(
         if name == "gradient_norm":
             scalars["optimisation/gradient_norm"] = float(mean)
         elif name == "gradient_norms":
-            for weight, norm in zip(learner.weight_names(), mean, strict=True):
+            for weight, norm in zip(algorithm.weight_names(), mean, strict=True):
                 scalars[f"meta_gradient/{weight}"] = float(norm)
         elif part == "query":
-            scalars[tag(measure, part, learner.inner_steps)] = float(mean)
+            scalars[tag(measure, part, algorithm.inner_steps)] = float(mean)
         else:
             scalars[f"{measure}/{part}_{BEFORE}"] = float(mean[0])
             for step, value in enumerate(mean[1:], start=1):
@@ -83,17 +107,10 @@ def training_scalars(
     return scalars
 
 
-def record_validation(
-    settings: Settings, learner: Maml, data: EpisodeSource, run: Run, result: TestResult
-) -> None:
-    """Shows a validation of the present iteration, and then keeps it in `validation.csv`."""
-    found = {
-        tag(measure, part, step): float(mean)
-        for part, measures in (("support", result.support), ("query", result.query))
-        for measure, values in measures.items()
-        for step, mean in enumerate(values.mean(axis=0))
-    }
-    # The charts that tell the story come first; every step has one further down.
+def validation_scalars(settings: Settings, result: TestResult) -> dict[str, float]:
+    """The points of a validation: first the charts that tell the story, then one for every step."""
+    found = validation_row(result)
+    diverged = found.pop(DIVERGED)
     charts = {f"per_step_{name}": value for name, value in found.items()}
     for measure in result.query:
         charts |= {
@@ -101,14 +118,7 @@ def record_validation(
         }
         for name in (tag(measure, "query", step) for step in _after(settings)):
             charts[name] = found[name]
-    found["optimisation/diverged_tasks"] = charts["optimisation/diverged_tasks"] = float(result.diverged)
-    run.write_scalars("validation", charts)
-    iteration = int(run.iteration)
-    before = {i: row for i, row in sorted(validations(run.dir).items()) if i < iteration}
-    if settings.log and (is_drawn(len(before) + 1) or iteration == settings.iterations):
-        for name, png in _pictures(settings, learner, data, iteration, result, before).items():
-            run.write_picture("validation", f"adaptation/{name}", png)
-    run.record_validation(found)
+    return charts | {DIVERGED: diverged}
 
 
 def is_drawn(number: int) -> bool:
@@ -126,7 +136,7 @@ def _after(settings: Settings) -> list[int]:
 
 def _pictures(
     settings: Settings,
-    learner: Maml,
+    learner: Algorithm,
     data: EpisodeSource,
     iteration: int,
     result: TestResult,

@@ -1,4 +1,4 @@
-"""TODO reports.test_table."""
+"""The table of a test, as text."""
 
 from typing import TYPE_CHECKING
 

@@ -5,10 +5,16 @@ import tensorflow as tf
 
 from maml.datasets.table import DATASOURCES
 from maml.episodes import EpisodeSpec
+from maml.learners.base import Algorithm
+from maml.learners.joint import Joint
 from maml.learners.losses import cross_entropy, mean_squared_error
 from maml.learners.maml import Maml
 from maml.networks import conv4, mlp
 from maml.settings.settings import Settings
+from maml.training.adam import Adam
+from maml.training.loop import METATRAIN, PRETRAIN, Phase
+from maml.training.outer_loop import OuterLoop
+from maml.training.task_map import TaskMap
 
 
 def build_network(settings: Settings, input_shape: tuple[int, ...], dtype: str = "float32") -> keras.Model:
@@ -37,30 +43,47 @@ def build_network(settings: Settings, input_shape: tuple[int, ...], dtype: str =
     )
 
 
-def build_learner(
+def build_training(
     settings: Settings, network: keras.Model, strategy: tf.distribute.Strategy | None = None
-) -> Maml:
-    """The learner for a network, with the losses, steps and clipping of the settings.
+) -> list[Phase]:
+    """The phases of a run, with the losses, steps and clipping of the settings; the last meta-trains.
 
     With a strategy, this and `build_network` are called in its scope.
     """
     source = DATASOURCES[settings.datasource]
     loss = cross_entropy(settings.update_batch_size) if settings.classification else mean_squared_error
-    return Maml(
+    common = dict(
+        classification=settings.classification,
+        scale=source.scale,
+        tasks_at_once=settings.tasks_per_chunk or 10,
+    )
+    algorithm = Maml(
         network,
         loss,
         inner_lr=settings.update_lr,
         inner_steps=settings.num_updates,
         first_order=settings.stop_grad,
-        classification=settings.classification,
-        meta_lr=settings.meta_lr,
         clip=source.clip,
-        scale=source.scale,
-        skip_not_finite=settings.on_nan == "skip",
-        jit_compile=settings.jit_compile,
+        **common,
+    )
+    tasks = TaskMap.choose(
+        network,
+        None,
+        settings.jit_compile,
         tasks_per_chunk=settings.tasks_per_chunk,
         strategy=strategy,
     )
+
+    def phase(name: str, algorithm: Algorithm, end: int) -> Phase:
+        skip = settings.on_nan == "skip"
+        outer = OuterLoop(algorithm, Adam(settings.meta_lr), tasks, skip_not_finite=skip)
+        return Phase(name, outer, end)
+
+    phases = [phase(METATRAIN, algorithm, settings.iterations)]
+    if settings.pretrain_iterations:
+        joint = Joint(network, loss, **common)
+        phases.insert(0, phase(PRETRAIN, joint, settings.pretrain_iterations))
+    return phases
 
 
 def train_spec(settings: Settings) -> EpisodeSpec:

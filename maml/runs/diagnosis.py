@@ -4,25 +4,24 @@ import numpy as np
 import tensorflow as tf
 
 from maml.episodes import Episode
-from maml.learners.maml import Maml
 from maml.runs.folder import Run
+from maml.training.loop import PRETRAIN, Phase
 
 
-def not_finite(learner: Maml, episodes: Episode, run: Run, pretraining: bool) -> str:
+def not_finite(phase: Phase, episodes: Episode, run: Run) -> str:
     """Says which episodes of the present meta-batch are to blame, and what the gradient is like per weight.
 
     Args:
-        learner: with the weights from before the update.
+        phase: with the weights from before the update.
         episodes: the meta-batch, [tasks, …].
         run: at the iteration that failed, which is saved.
-        pretraining: it was an iteration of joint training.
     """
-    gradient_of = learner.task_joint_gradient if pretraining else learner.task_meta_gradient
+    learner = phase.outer.algorithm
 
     @tf.function
     def each() -> tuple[tf.Tensor, tf.Tensor]:
         def one_task(episode: Episode) -> tuple[tf.Tensor, tf.Tensor]:
-            gradient, measures = gradient_of(learner.weights(), learner.to_floating(episode))
+            gradient, measures, _ = learner.task_gradient(learner.weights(), learner.to_floating(episode))
             losses = [tf.reshape(value, (-1,)) for name, value in measures.items() if name.endswith("loss")]
             return tf.stack([tf.norm(weight) for weight in gradient]), tf.concat(losses, axis=0)
 
@@ -39,7 +38,7 @@ def not_finite(learner: Maml, episodes: Episode, run: Run, pretraining: bool) ->
     by_weight = ", ".join(
         f"{name} {norm:.3g}" for name, norm in zip(learner.weight_names(), norms.mean(axis=0), strict=True)
     )
-    kind = "gradient" if pretraining else "meta-gradient"
+    kind = "gradient" if phase.name == PRETRAIN else "meta-gradient"
     return (
         f"iteration {iteration}: a loss or the {kind} is not finite in {len(bad)} of {tasks} tasks "
         f"({blamed or 'each by itself is'}). Norms of the gradient, means over the tasks: {by_weight}. "

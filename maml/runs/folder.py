@@ -6,7 +6,7 @@ import math
 import pathlib
 import shutil
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import filelock
 import keras
@@ -17,10 +17,10 @@ from tensorboard.plugins.scalar.summary_v2 import scalar_pb
 
 from maml.episodes import Episode
 from maml.errors import Failure, UserError
-from maml.learners.maml import Maml
 from maml.runs import events, original
 from maml.runs.files import csv_text, saved_iterations, tag, validations, write_whole
 from maml.settings.settings import Settings, as_flagfile, parse, read_flagfile
+from maml.training.loop import METATRAIN, PRETRAIN, Phase
 
 # Flags that may differ between a run and its continuation: they change how long and how it is
 # watched, not what is computed.
@@ -29,6 +29,7 @@ FREE_FLAGS = {
     "test_num_updates", "num_test_tasks", "transductive", "data_dir", "save_interval",
     "tasks_per_chunk", "jit_compile", "deterministic", "keep", "on_nan",
 }  # fmt: skip
+KEYS = {PRETRAIN: "pretrain_optimizer", METATRAIN: "meta_optimizer"}  # in checkpoints: never to change
 PNG_SIZE_AT = 16  # where a PNG file has its width and height
 
 
@@ -40,7 +41,7 @@ class Run:
     `*.png`, `lock` (held by the process that trains); and what `maml.runs.results` writes.
     """
 
-    def __init__(self, settings: Settings, learner: Maml, *, chief: bool = True):
+    def __init__(self, settings: Settings, phases: Sequence[Phase], *, chief: bool = True):
         """Opens nothing yet: see `begin` (training) and `restore` (testing).
 
         A process that is not the chief reads the folder as the chief does, and writes nothing in it.
@@ -51,12 +52,14 @@ class Run:
         self.iteration = tf.Variable(0, dtype=tf.int64, trainable=False)
         # Episodes are a function of (seed, iteration): these two are the whole random state.
         self._seed = tf.Variable(settings.seed, dtype=tf.int64, trainable=False)
+        algorithm = phases[-1].outer.algorithm
+        own = [*algorithm.extra_variables, *algorithm.state_variables]
         self._checkpoint = tf.train.Checkpoint(
-            network=learner.network,
-            meta_optimizer=learner.meta_optimizer,
-            pretrain_optimizer=learner.pretrain_optimizer,
+            network=algorithm.network,
             iteration=self.iteration,
             seed=self._seed,
+            **{KEYS[phase.name]: phase.outer.optimizer for phase in phases},
+            **({"learner": tf.train.Checkpoint(own=own)} if own else {}),
         )
         self._manager: tf.train.CheckpointManager | None = None
         self._writers: dict[str, tf.summary.SummaryWriter] = {}

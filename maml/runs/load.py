@@ -111,7 +111,7 @@ def trained_network(settings: "Settings", *, from_run: bool) -> tuple[keras.Mode
     from maml.settings.settings import RANDOM
 
     network = build.build_network(settings, settings.input_shape)
-    run = Run(settings, build.build_learner(settings, network))
+    run = Run(settings, build.build_training(settings, network))
     if from_run:
         run.restore()
     elif settings.init_from != RANDOM:

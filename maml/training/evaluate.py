@@ -7,16 +7,9 @@ import tensorflow as tf
 from tqdm import tqdm
 
 from maml.episodes import EpisodeSource, EpisodeSpec
-from maml.learners.base import Adaptation
-from maml.learners.maml import Maml
 
 if TYPE_CHECKING:
-    pass
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    pass
-
+    from maml.learners.base import Adaptation, Algorithm
 
 CHUNK = 20  # tasks held in memory at once
 
@@ -75,7 +68,7 @@ class TestResult(NamedTuple):
 
 
 def measure_tasks(
-    learner: Maml,
+    algorithm: "Algorithm",
     data: EpisodeSource,
     spec: EpisodeSpec,
     split: str,
@@ -87,7 +80,7 @@ def measure_tasks(
 ) -> TestResult:
     """Adapts to the first `tasks` episodes of a split and measures before and after every step.
 
-    `transductive`: see `Maml.evaluate`.
+    `transductive`: see `Algorithm._evaluate`.
     """
     data.check(spec, split)
     parts: list[Adaptation] = []
@@ -95,7 +88,7 @@ def measure_tasks(
         for begin in range(0, tasks, CHUNK):
             indices = tf.range(begin, min(begin + CHUNK, tasks), dtype=tf.int64)
             parts.append(
-                learner.evaluate(data.sample(spec, split, indices), tf.constant(steps), transductive)
+                algorithm.evaluate(data.sample(spec, split, indices), tf.constant(steps), transductive)
             )
             bar.update(len(indices))
 

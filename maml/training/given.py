@@ -10,7 +10,7 @@ import tensorflow as tf
 
 from maml.episodes import SPLITS, Episode, EpisodeSource, EpisodeSpec
 from maml.errors import UserError
-from maml.training.loop import stream_blocks
+from maml.training.loop import Block, stream
 
 Episodes = EpisodeSource | Iterable[Sequence]  # of (support_x, support_y, query_x, query_y)
 Shape = tuple[int | None, ...] | None
@@ -146,7 +146,7 @@ def training_blocks(
     begin: int,
     iterations: int,
     length: int,
-) -> Iterator[tuple[Episode, int, int]]:
+) -> Iterator[Block]:
     """Blocks of `length` meta-batches, and which of them are the next: first…last−1.
 
     Args:
@@ -160,23 +160,15 @@ def training_blocks(
     """
     if _is_source(episodes):
         source = as_source(episodes, needs, spec, split)
-        blocks = stream_blocks(
-            source, spec, split, meta_batch=meta_batch, block=length, start=begin // length
-        )
-        while iterations:
-            first = begin % length
-            count = min(length - first, iterations)
-            yield next(blocks), first, first + count
-            begin, iterations = begin + count, iterations - count
-        return
-    stream = _again_and_again(_iterable(episodes))
+        yield from stream(source, spec, split, meta_batch=meta_batch, length=length, begin=begin)
+    given = _again_and_again(_iterable(episodes))
     for made in range(0, iterations, length):
         count = min(length, iterations - made)
-        rows = needs.stacked(stream, count * meta_batch)
+        rows = needs.stacked(given, count * meta_batch)
         # One shape for all blocks, so that none is compiled anew.
         rows = [np.concatenate([x, x[:1].repeat((length - count) * meta_batch, 0)]) for x in rows]
         block = [tf.constant(x.reshape(length, meta_batch, *x.shape[1:])) for x in rows]
-        yield Episode(*block), 0, count
+        yield Block(Episode(*block), 0, count)
 
 
 def _again_and_again(episodes: Iterable[Sequence]) -> Iterator[Sequence]:

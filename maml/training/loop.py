@@ -1,11 +1,138 @@
-"""TODO training.loop."""
+"""The training loop, a generator of updates: TensorBoard, the screen and the disk watch it from above."""
 
-from collections.abc import Iterator
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
 
+import numpy as np
 import tensorflow as tf
 
-from maml.episodes import SPLITS as SPLITS
 from maml.episodes import Episode, EpisodeSource, EpisodeSpec
+from maml.training.outer_loop import OuterLoop
+
+PRETRAIN, METATRAIN = "pretrain", "metatrain"  # the phases of a run
+BATCHED_BLOCK = 100  # iterations per call where an iteration is too short to be worth one
+
+
+class Phase(NamedTuple):
+    """A part of a training: its name, its outer loop, and the iteration that it ends at."""
+
+    name: str
+    outer: OuterLoop
+    end: int
+
+    @property
+    def block_length(self) -> int:
+        """Iterations of one call."""
+        return BATCHED_BLOCK if self.outer.tasks.vectorize else 1
+
+
+class Update(NamedTuple):
+    """Some iterations that were made in one call.
+
+    Fields:
+        phase: that they belong to.
+        iteration: made in all.
+        measures: {name: [iterations, …]} of each; see `OuterLoop.meta_step`.
+        failed: the meta-batch [tasks, …] whose update could not be made, and which ends the training.
+    """
+
+    phase: Phase
+    iteration: int
+    measures: dict[str, np.ndarray]
+    failed: Episode | None = None
+
+
+class Block(NamedTuple):
+    """Meta-batches [length, meta-batch, …], of which first…last−1 are the next."""
+
+    episodes: Episode
+    first: int
+    last: int
+
+
+def updates(
+    phases: Sequence[Phase], blocks: Iterable[Block], *, begin: int = 0, pauses: Sequence[int] = ()
+) -> Iterator[Update]:
+    """Trains, phase after phase, from iteration `begin` until the last phase or the blocks end.
+
+    Args:
+        phases: in order; those that end before `begin` are over.
+        blocks: the meta-batches from iteration `begin` on.
+        begin: iterations already made.
+        pauses: no call goes beyond a multiple of any of these.
+
+    Yields:
+        What was done, call by call. Nothing is computed until the next is asked for.
+    """
+    iteration, blocks = begin, iter(blocks)
+    for phase in phases:
+        while iteration < phase.end:
+            block = next(blocks, None)
+            if block is None:
+                return
+            first = block.first
+            while first < block.last:
+                last = first + min(
+                    block.last - first,
+                    phase.end - iteration,
+                    *(interval - iteration % interval for interval in pauses),
+                )
+                update = _advance(phase, block.episodes, first, last, iteration)
+                first, iteration = last, update.iteration
+                yield update
+                if update.failed is not None:
+                    return
+                if iteration == phase.end and first < block.last:
+                    # The rest of the block is the next phase's.
+                    blocks = _chained(block._replace(first=first), blocks)
+                    break
+
+
+def _chained(first: Block, rest: Iterator[Block]) -> Iterator[Block]:
+    yield first
+    yield from rest
+
+
+def _advance(phase: Phase, episodes: Episode, first: int, last: int, iteration: int) -> Update:
+    """The meta-batches first…last−1 of a block."""
+    measures = phase.outer.block(episodes, tf.constant(first), tf.constant(last))
+    found = {name: values.numpy()[first:last] for name, values in measures.items()}
+    skipped = found["skipped"] > 0
+    if phase.outer.skip_not_finite or not skipped.any():
+        return Update(phase, iteration + last - first, found)
+    made = int(skipped.argmax())
+    failed = tf.nest.map_structure(lambda field: field[first + made], episodes)
+    return Update(phase, iteration + made, {name: rows[:made] for name, rows in found.items()}, failed)
+
+
+class Waiting:
+    """An iterator that adds up how many seconds its reader waited for it."""
+
+    def __init__(self, items: Iterable):
+        self._items = iter(items)
+        self.seconds = 0.0
+
+    def __iter__(self) -> "Waiting":
+        return self
+
+    def __next__(self) -> object:
+        asked = time.monotonic()
+        try:
+            return next(self._items)
+        finally:
+            self.seconds += time.monotonic() - asked
+
+
+def stream(
+    source: EpisodeSource, spec: EpisodeSpec, split: str, *, meta_batch: int, length: int, begin: int = 0
+) -> Iterator[Block]:
+    """Blocks of a data source without end, from iteration `begin` on; see `stream_blocks`."""
+    first = begin % length
+    episodes = stream_blocks(source, spec, split, meta_batch=meta_batch, block=length, start=begin // length)
+    for block in episodes:
+        yield Block(block, first, length)
+        first = 0
 
 
 def stream_blocks(

@@ -1,15 +1,17 @@
-"""TODO training.progress."""
+"""The progress of a training, on a terminal or in a log."""
 
 import sys
 import time
 
-import tensorflow as tf
+import numpy as np
 from tqdm import tqdm
+
+from maml.training.loop import Update
 
 PLAIN_LINE_SECONDS = 10.0  # between progress lines where the output is not a terminal
 
 
-class _Progress:
+class Progress:
     """A progress bar on a terminal; now and then a plain line elsewhere."""
 
     def __init__(self, begin: int, total: int):
@@ -29,8 +31,9 @@ class _Progress:
         # When the first call was over, which compiles, and where.
         self._steady: tuple[float, int] | None = None
 
-    def advance(self, count: int, measures: dict[str, tf.Tensor], row: int) -> None:
-        self._done += count
+    def advance(self, update: Update) -> None:
+        """Shows that the iterations of an update were made."""
+        count, self._done = update.iteration - self._done, update.iteration
         now = time.monotonic()
         if self._steady is None:
             self._steady = now, self._done
@@ -42,23 +45,14 @@ class _Progress:
             rate = done / since
             left = (self._total - self._done) / rate
             print(
-                f"iteration {self._done}/{self._total}, {self._losses(measures, row)}, {rate:.3g} it/s, "
+                f"iteration {self._done}/{self._total}, {_losses(update.measures)}, {rate:.3g} it/s, "
                 f"{tqdm.format_interval(left)} left",
                 flush=True,
             )
             self._last_line = now
         else:
-            self._bar.set_postfix_str(self._losses(measures, row), refresh=False)
+            self._bar.set_postfix_str(_losses(update.measures), refresh=False)
             self._bar.update(count)
-
-    @staticmethod
-    def _losses(measures: dict[str, tf.Tensor], row: int) -> str:
-        text = f"loss {float(measures['support_loss'][row, 0]):#.3g}"
-        if "query_loss" in measures:
-            text += f" → {float(measures['query_loss'][row]):#.3g}"
-        if "query_accuracy" in measures:
-            text += f", accuracy {float(measures['query_accuracy'][row]):.0%}"
-        return text
 
     def rate(self) -> float:
         """Iterations per second since the last call."""
@@ -72,6 +66,7 @@ class _Progress:
         return time.monotonic() - self._start
 
     def say(self, line: str) -> None:
+        """Prints a line, above the bar."""
         if self._bar.disable:
             print(line, flush=True)
             self._last_line = time.monotonic()
@@ -79,4 +74,16 @@ class _Progress:
             self._bar.write(line)
 
     def close(self) -> None:
+        """Ends the bar."""
         self._bar.close()
+
+
+def _losses(measures: dict[str, np.ndarray]) -> str:
+    """The losses of the last iteration, before and after adaptation as far as there are these."""
+    before, after = measures.get("support_loss"), measures.get("query_loss")
+    losses = [f"{float(before[-1, 0]):#.3g}"] if before is not None else []
+    losses += [f"{float(after[-1]):#.3g}"] if after is not None else []
+    text = f"loss {' → '.join(losses)}"
+    if "query_accuracy" in measures:
+        text += f", accuracy {float(measures['query_accuracy'][-1]):.0%}"
+    return text

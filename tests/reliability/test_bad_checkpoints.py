@@ -13,6 +13,7 @@ from maml.runs import build
 from maml.runs.folder import Run
 from maml.settings.settings import parse
 from tests import forked
+from tests.learning import Meta
 from tests.test_cli import ROOT
 
 SHAPES = {"sinusoid": (1,), "omniglot": (28, 28, 1)}
@@ -23,7 +24,7 @@ def run(logdir: pathlib.Path, *flags: str) -> Run:
     settings = parse([f"--logdir={logdir}", "--nolog", *flags])
     shape = (3,) if settings.baseline else SHAPES[settings.datasource]
     keras.utils.set_random_seed(settings.seed)
-    return Run(settings, build.build_learner(settings, build.build_network(settings, shape)))
+    return Run(settings, Meta.built(settings, build.build_network(settings, shape)).phases)
 
 
 @pytest.fixture(scope="module")

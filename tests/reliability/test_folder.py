@@ -15,6 +15,7 @@ from maml.runs import build
 from maml.runs.files import saved_iterations
 from maml.runs.folder import Run
 from maml.settings.settings import parse
+from tests.learning import Meta
 
 
 class Training:
@@ -22,8 +23,8 @@ class Training:
 
     def __init__(self, logdir: pathlib.Path, *flags: str):
         self.settings = parse([f"--logdir={logdir}", "--metatrain_iterations=100", *flags])
-        self.learner = build.build_learner(self.settings, build.build_network(self.settings, (1,)))
-        self.run = Run(self.settings, self.learner)
+        self.learner = Meta.built(self.settings, build.build_network(self.settings, (1,)))
+        self.run = Run(self.settings, self.learner.phases)
         self.data = table.load_data(self.settings)
 
     def begin(self) -> "Training":

@@ -9,12 +9,14 @@ import tensorflow as tf
 
 from maml.datasets import sinusoid
 from maml.errors import Failure
+from maml.reports import tensorboard
 from maml.runs import build
 from maml.runs.files import saved_iterations
 from maml.runs.folder import Run
 from maml.runs.train import train
 from maml.settings.settings import parse
 from maml.training import evaluate
+from tests.learning import Meta
 from tests.reliability.test_interrupted import curves
 from tests.test_cli import maml
 
@@ -33,11 +35,16 @@ class Poisoned(sinusoid.Sinusoid):
 def training(tmp_path, *flags: str, data=None):
     settings = parse([f"--logdir={tmp_path}", "--metatrain_iterations=300", "--save_interval=100", *flags])
     keras.utils.set_random_seed(0)
-    learner = build.build_learner(settings, build.build_network(settings, (1,)))
-    run = Run(settings, learner)
+    learner = Meta.built(settings, build.build_network(settings, (1,)))
+    run = Run(settings, learner.phases)
     data = data or Poisoned()
     run.begin(data.sample(build.train_spec(settings), "train", tf.zeros(1, tf.int64)))
     return settings, learner, data, run
+
+
+def watched(training: tuple) -> None:
+    settings, learner, data, run = training
+    train(settings, learner.phases, data, run, tensorboard.Watcher(run, data, learner.algorithm))
 
 
 def state(learner):
@@ -47,20 +54,20 @@ def state(learner):
 def test_it_stops_before_the_bad_update_and_names_the_episode(tmp_path):
     begun = training(tmp_path)
     with pytest.raises(Failure) as stopped:
-        train(*begun)
+        watched(begun)
     said = str(stopped.value)
     assert "iteration 137: a loss or the meta-gradient is not finite in 1 of 25 tasks" in said
     assert f"episode {BAD}: losses " in said and "dense1/kernel" in said and "--on_nan=skip" in said
     assert saved_iterations(begun[3].dir) == [100, 137]
     clean = training(tmp_path / "clean", "--metatrain_iterations=137", data=sinusoid.Sinusoid())
-    train(*clean)
+    watched(clean)
     for one, other in zip(state(begun[1]), state(clean[1]), strict=True):
         np.testing.assert_array_equal(one, other)
 
 
 def test_skipping_goes_on_without_that_update_and_counts_it(tmp_path):
     begun = training(tmp_path, "--on_nan=skip")
-    train(*begun)
+    watched(begun)
     _, learner, _, run = begun
     assert int(learner.meta_optimizer.iterations.numpy()) == 299
     assert all(np.isfinite(values).all() for values in state(learner))
