@@ -15,6 +15,7 @@ import tensorflow as tf
 from maml.episodes import Episode
 from maml.learners.losses import LossFunction
 from maml.networks.stateless import Stateless, Weights, gradients, takes_integers
+from maml.settings.settings import Settings
 
 Measures = dict[str, tf.Tensor]
 State = Any  # a nested structure of tensors: fast weights, prototypes, a latent code
@@ -104,6 +105,16 @@ class Algorithm:
         self._scale = tf.Variable(scale, trainable=False, name="scale")
         self._tasks_at_once = tasks_at_once
         self.evaluate = tf.function(self._evaluate, reduce_retracing=True, autograph=False)
+
+    @classmethod
+    def arguments(cls, settings: Settings) -> dict[str, object]:
+        """The keyword arguments that the command line's settings come to, beside those of `Algorithm`."""
+        return dict(settings.own)
+
+    @classmethod
+    def meta_optimizer(cls, settings: Settings) -> keras.optimizers.Optimizer | None:
+        """The outer optimizer where the paper's is no Adam of rate β; None: the program's."""
+        return None
 
     # --- What an algorithm is ---------------------------------------------------------------------
 

@@ -12,6 +12,7 @@ from maml.episodes import Episode
 from maml.learners.base import Algorithm, Measures
 from maml.learners.losses import LossFunction
 from maml.networks.stateless import Weights, adapted_weights, gradients
+from maml.settings.settings import Settings
 
 
 class Maml(Algorithm):
@@ -38,6 +39,12 @@ class Maml(Algorithm):
         self.inner_lr = inner_lr
         self.first_order = first_order
         self._adapted = adapted_weights(network)
+
+    @classmethod
+    def arguments(cls, settings: Settings) -> dict[str, object]:
+        """α and the order, with those of `Algorithm.arguments`."""
+        own = super().arguments(settings)
+        return dict(inner_lr=settings.update_lr, first_order=settings.stop_grad) | own
 
     def step(
         self, state: Weights, x: tf.Tensor, y: tf.Tensor, noise: int | None = None

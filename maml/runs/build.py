@@ -8,9 +8,9 @@ from maml.episodes import EpisodeSpec
 from maml.learners.base import Algorithm
 from maml.learners.joint import Joint
 from maml.learners.losses import cross_entropy, mean_squared_error
-from maml.learners.maml import Maml
 from maml.networks import conv4, mlp
 from maml.settings.settings import Settings
+from maml.tables import LEARNERS, load
 from maml.training.adam import Adam
 from maml.training.loop import METATRAIN, PRETRAIN, Phase
 from maml.training.outer_loop import OuterLoop
@@ -57,14 +57,14 @@ def build_training(
         scale=source.scale,
         tasks_at_once=settings.tasks_per_chunk or 10,
     )
-    algorithm = Maml(
+    kind = load(LEARNERS[settings.learner].home)
+    algorithm = kind(
         network,
         loss,
-        inner_lr=settings.update_lr,
         inner_steps=settings.num_updates,
-        first_order=settings.stop_grad,
         clip=source.clip,
         **common,
+        **kind.arguments(settings),
     )
     tasks = TaskMap.choose(
         network,
@@ -76,7 +76,8 @@ def build_training(
 
     def phase(name: str, algorithm: Algorithm, end: int) -> Phase:
         skip = settings.on_nan == "skip"
-        outer = OuterLoop(algorithm, Adam(settings.meta_lr), tasks, skip_not_finite=skip)
+        optimizer = algorithm.meta_optimizer(settings) or Adam(settings.meta_lr)
+        outer = OuterLoop(algorithm, optimizer, tasks, skip_not_finite=skip)
         return Phase(name, outer, end)
 
     phases = [phase(METATRAIN, algorithm, settings.iterations)]

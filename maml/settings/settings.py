@@ -7,7 +7,7 @@ import dataclasses
 import hashlib
 import pathlib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from absl import flags
 
@@ -73,6 +73,9 @@ class Settings:
     mixed_precision: bool
     jit_compile: bool | None
     deterministic: bool
+    # Those that only its learner reads, {name: value}.
+    own: Mapping[str, object] = dataclasses.field(default_factory=dict)
+    learner: str = "maml"
 
     @property
     def classification(self) -> bool:
@@ -159,7 +162,8 @@ def resolve(values: flags.FlagValues = FLAGS) -> tuple[Settings, dict[str, objec
     Raises:
         UserError: on a combination of flags that makes no sense.
     """
-    given = {field.name: values[field.name].value for field in dataclasses.fields(Settings)}
+    names = {field.name for field in dataclasses.fields(Settings)} - {"own", "learner"}
+    given = {name: values[name].value for name in names}
     _refuse_nonsense(given, lambda name: bool(values[name].present))
 
     shot = given["update_batch_size"]
@@ -240,7 +244,14 @@ def as_flagfile(settings: Settings) -> str:
     """The settings as the text of an absl flagfile that repeats the run."""
     lines = []
     for name, value in dataclasses.asdict(settings).items():
-        if value is None or name in ("train_update_batch_size", "train_update_lr", "test_iter", "checkpoint"):
+        if value is None or name in (
+            "own",
+            "learner",
+            "train_update_batch_size",
+            "train_update_lr",
+            "test_iter",
+            "checkpoint",
+        ):
             continue
         lines.append(f"--{name}={str(value).lower() if isinstance(value, bool) else value}")
     return "\n".join(lines) + "\n"

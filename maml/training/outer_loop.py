@@ -46,7 +46,8 @@ class OuterLoop:
         algorithm = self.algorithm
 
         def one_task(episode: Episode) -> "TaskGradient":
-            return algorithm.task_gradient(algorithm.weights(), algorithm.to_floating(episode))
+            found = algorithm.task_gradient(algorithm.weights(), algorithm.to_floating(episode))
+            return found._replace(state=list(found.state))
 
         def specs(variables: list[keras.Variable]) -> list[tf.TensorSpec]:
             return [tf.TensorSpec(v.shape, v.dtype) for v in variables]

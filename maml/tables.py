@@ -1,0 +1,79 @@
+"""Learners, networks and data sets by name. Nothing heavy is imported: `maml --help` reads these tables.
+
+Adding one is one file and one row here, or no row: `module:attribute` in the place of a name takes it from
+anywhere on the Python path.
+"""
+
+import importlib
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+from maml.errors import UserError
+
+
+class Learner(NamedTuple):
+    """A row of `LEARNERS`: where the `Algorithm` is, and what it is in a line."""
+
+    home: str
+    about: str
+
+
+class Network(NamedTuple):
+    """A row of `NETWORKS`: the function of (input_shape, outputs, …) that builds it, and a line on it.
+
+    With `outputs=None` it builds the backbone alone, from inputs to an embedding [n, features].
+    """
+
+    home: str
+    about: str
+
+
+class Dataset(NamedTuple):
+    """A row of `DATASETS`: all that the rest of the program knows of a data set.
+
+    Fields:
+        home: the function that loads it.
+        about: a line on it.
+        needs: where it is looked for.
+        side, channels: of its images; None where there are none.
+        scale: inputs are divided by this.
+        flatten: the head of a convolutional network sees the flattened map, not its spatial mean.
+        clip: bound on every entry of the meta-gradient.
+        paper: the paper's values of flags, of (way, shot).
+    """
+
+    home: str
+    about: str
+    needs: str = ""
+    side: int | None = None
+    channels: int | None = None
+    scale: float = 1.0
+    flatten: bool = False
+    clip: float | None = None
+    paper: Callable[[int, int], dict[str, object]] = lambda way, shot: {}
+
+
+LEARNERS: Mapping[str, Learner] = {
+    "maml": Learner("maml.learners.maml:Maml", "second-order MAML (Finn et al. 2017)"),
+}
+
+NETWORKS: Mapping[str, Network] = {
+    "conv4": Network("maml.networks.conv4:conv4", "four convolutions (Vinyals et al. 2016)"),
+    "mlp": Network("maml.networks.mlp:mlp", "fully connected"),
+}
+
+
+def load(home: str) -> object:
+    """What `module:attribute` names.
+
+    Raises:
+        UserError: if there is no such module or attribute.
+    """
+    module, _, attribute = home.partition(":")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(
+            f"expected module:attribute on the Python path, got {home} ({error}). Check the name, or set "
+            f"PYTHONPATH."
+        ) from error
