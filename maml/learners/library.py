@@ -113,7 +113,7 @@ class Learner:
         self.outer = OuterLoop(self.algorithm, Adam(meta_lr), tasks)
         self.iteration = 0
         self._needs = Needs.of(self.model, labels=self.algorithm.classification, alike=not is_custom(loss))
-        self._adapt = tf.function(self._adapted, reduce_retracing=True)
+        self._adapt = tf.function(self._adapted, reduce_retracing=True, autograph=False)
 
     def fit(
         self,
