@@ -61,7 +61,9 @@ def network_settings(run: str | None, init_from: str | None, given: list[str]) -
         return parse([*PUBLISHED, *given, f"--init_from={init_from}", "--train=False"])
     settings = load.test_settings(pathlib.Path(run), given)
     if not settings.classification:
-        raise UserError(f"--run={run}: found a run of the sinusoid, needed one of images. Give another.")
+        raise UserError(
+            f"--run={run}: found a run of the {settings.datasource}, needed one of images. Give another."
+        )
     if not files.saved_iterations(settings.run_dir):
         raise UserError(f"--run={run}: found no checkpoint in it, needed one. Train it, or give another.")
     return settings
@@ -119,7 +121,6 @@ def adapt(
     """
     import tensorflow as tf
 
-    from maml.datasets import table
     from maml.episodes import Episode
     from maml.learners.maml import Maml
 
@@ -128,7 +129,7 @@ def adapt(
         class_means(np.bincount(support.labels)),
         inner_lr=settings.update_lr,
         classification=True,
-        scale=table.DATASOURCES[settings.datasource].scale,
+        scale=settings.dataset.scale,
     )
     n, steps = len(query.pixels), tf.constant(settings.test_num_updates)
     part = n if transductive else min(n, AT_ONCE)
@@ -176,7 +177,7 @@ def remarks(
             "batch norm by the support set's statistics: each photograph is judged by itself "
             "(--transductive: together, better only where all classes are there in about equal numbers)"
         )
-    if settings.datasource == "omniglot":
+    if settings.dataset.drawings:
         said.append(f"photographs are read as Omniglot's drawings: {side}, dark is ink, no greys")
     elif small := support.small + query.small:
         said.append(
@@ -241,7 +242,7 @@ def _work(_: list[str]) -> None:
 
 
 def _decoder(settings: Settings):
-    read = decode.decode_drawing if settings.datasource == "omniglot" else decode.decode_photograph
+    read = decode.decode_drawing if settings.dataset.drawings else decode.decode_photograph
     return functools.partial(read, side=settings.img_size)
 
 

@@ -4,27 +4,26 @@ Reads, checks and decodes its images once, into the cache that every later run o
 Training does the same where it is needed; this does it without a network, on any machine.
 """
 
+from maml import tables
 from maml.commands import runner
 from maml.errors import UserError
 from maml.settings.settings import FLAGS, resolve
 
-PREPARABLE = ("miniimagenet", "omniglot", "folder")
+PREPARABLE = [name for name, row in tables.DATASETS.items() if row.channels]
 
 
 def prepare(operands: list[str]) -> None:
     """Builds the cache of the data set that the command line names, and says what is in it."""
     (name,) = operands
-    if name not in PREPARABLE:
-        raise UserError(
-            f"found {name}, needed one of {', '.join(PREPARABLE)}; the sinusoid needs no preparing."
-        )
+    if not tables.is_name(tables.DATASETS, name) or not tables.dataset(name).channels:
+        raise UserError(f"found {name}, needed one of {', '.join(PREPARABLE)}; others need no preparing.")
     FLAGS.datasource = name
     settings, _ = resolve()
     with runner.silent_start():
-        from maml.datasets import table
         from maml.datasets.images import cache
+        from maml.runs.data import load_data
 
-    data = table.load_data(settings)
+    data = load_data(settings)
     print(f"{data.name} is prepared, in {cache.cache_dir()}:")
     for split, classes in data.splits.items():
         few, many = classes.counts.min(), classes.counts.max()

@@ -222,18 +222,18 @@ def _work(operands: list[str]) -> None:
         import tensorflow as tf
         from tqdm import tqdm
 
-    from maml.datasets import table
     from maml.runs import build
+    from maml.runs.data import first_episode, load_data
     from maml.runs.folder import Run
     from maml.training import devices, evaluate
 
     # Each number of queries is another shape, of which TensorFlow would warn where the tasks are few.
     tf.get_logger().setLevel("ERROR")
     device = devices.use(settings).description
-    data = table.load_data(settings)
+    data = load_data(settings)
     queries = queries_that_fit(settings, data)
     spec = build.test_spec(dataclasses.replace(settings, test_num_query=queries[0]))
-    one = table.first_episode(data, spec, settings.split)
+    one = first_episode(data, spec, settings.split)
     phases = build.build_training(settings, build.build_network(settings, one.support_x.shape[2:]))
     todo = variants(settings, checkpoints(settings, phases), queries)
 

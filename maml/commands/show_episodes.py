@@ -23,9 +23,9 @@ def _show(_: list[str]) -> None:
         raise UserError(f"found --out={path}, needed the name of a PNG file in a folder that exists.")
     settings, _ = resolve()
     with runner.silent_start():
-        from maml.datasets import table
+        from maml.runs.data import load_data
 
-    draw(path, table.load_data(settings), settings, episodes=FLAGS.episodes)
+    draw(path, load_data(settings), settings, episodes=FLAGS.episodes)
     print(f"wrote {path}")
 
 

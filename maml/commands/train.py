@@ -66,16 +66,16 @@ def _train_and_test(settings: Settings, machine: "Machine") -> None:
     with runner.silent_start():
         import keras
 
-    from maml.datasets import table
     from maml.reports import tensorboard
     from maml.runs import build
+    from maml.runs.data import first_episode, load_data
     from maml.runs.folder import Run
     from maml.runs.train import train
 
     keras.utils.set_random_seed(settings.seed)
-    data = table.load_data(settings)
+    data = load_data(settings)
     try:
-        tested = table.first_episode(data, build.test_spec(settings), settings.split)
+        tested = first_episode(data, build.test_spec(settings), settings.split)
     except UserError as error:
         other = "" if settings.test_set else " Or test on the meta-test classes: --test_set."
         raise UserError(f"{error}{other}") from error
@@ -87,7 +87,7 @@ def _train_and_test(settings: Settings, machine: "Machine") -> None:
     if settings.train:
         if settings.init_from and settings.init_from != RANDOM:
             folder.begin_from(network)
-        folder.begin(table.first_episode(data, build.train_spec(settings), "train"))
+        folder.begin(first_episode(data, build.train_spec(settings), "train"))
         machine.check_together(folder.iteration)
         if int(folder.iteration):
             print(f"resumed from iteration {int(folder.iteration)} of {settings.iterations}", flush=True)
@@ -170,15 +170,14 @@ def _line(label: str, text: str) -> str:
 
 def _described(settings: Settings, network: "keras.Model") -> str:
     """The network in words."""
-    from maml.networks import mlp
-
     norm = {"batch_norm": "batch norm", "layer_norm": "layer norm", "None": "no norm"}[settings.norm]
-    if settings.classification and settings.conv:
+    if settings.network == "conv4":
         smaller = "2×2 max-pooling" if settings.max_pool else "stride 2"
         layers = f"4 convolutions of {settings.num_filters} filters, {smaller}"
+    elif settings.network == "mlp":
+        layers = f"fully connected, {'-'.join(map(str, settings.dataset.hidden))}"
     else:
-        hidden = mlp.MLP_IMAGES if settings.classification else mlp.MLP_SINUSOID
-        layers = f"fully connected, {'-'.join(map(str, hidden))}"
+        layers = settings.network
     return f"{layers}, {norm}; {network.count_params():,} weights"
 
 

@@ -6,13 +6,13 @@ of a help text, its defaults in brackets, is what is shown there; all of it is i
 
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from absl import flags
 
+from maml import tables
 from maml.settings import parsing
 
-DATASOURCES = ("sinusoid", "omniglot", "miniimagenet", "folder")
 NORMS = ("batch_norm", "layer_norm", "None")
 CHECKPOINTS = ("newest", "best")
 ON_NAN = ("stop", "skip")
@@ -33,10 +33,19 @@ class _Define:
                 flags.DEFINE_enum,
             )
         )
+        self.name = functools.partial(_define_name, values)
+
+
+def _define_name(
+    values: flags.FlagValues, name: str, default: str | None, table: Mapping[str, object], text: str
+) -> None:
+    """A flag of a name in one of `maml.tables`, or of module:attribute."""
+    shown = f"<NAME|module:function>: {text}: {', '.join(table)}"
+    flags.DEFINE(parsing.NameParser(table), name, default, shown, values, module_name=HOME)
 
 
 def _task_and_data(define: _Define) -> None:
-    define.enum("datasource", "sinusoid", DATASOURCES, "data set the tasks T_i ~ p(T) are drawn from")
+    define.name("datasource", "sinusoid", tables.DATASETS, "data set the tasks T_i ~ p(T) are drawn from")
     define.integer("num_classes", 5, "N, the ways of a classification task", 2)
     define.integer("update_batch_size", 5, "K, support examples per class (inner loop)", 1)
     define.integer("num_query", None, "Q, query examples per class in training [K]", 1)
@@ -51,10 +60,18 @@ def _task_and_data(define: _Define) -> None:
     )
     define.integer("img_size", None, "side of the images, pixels [Omniglot 28, photographs 84]", 16, 4096)
     define.boolean("skip_bad_images", False, "leave out images that cannot be read instead of stopping")
+    define.string(
+        "class_split",
+        None,
+        "lists of the classes of each split [by --seed]\n\n"
+        'For tfds:NAME and folder: a JSON file of {"train": [class, …], "val": …, "test": …}, or a folder '
+        "of train.txt, val.txt and test.txt with a class on every line. Classes in none are left out.",
+    )
     define.integer("seed", 0, "of the weights, the class split and the episodes", 0, 2**31)
 
 
 def _network(define: _Define) -> None:
+    define.name("network", None, tables.NETWORKS, "architecture [of the data set's paper]")
     define.boolean("conv", True, "convolutional; --noconv: fully connected (images only)")
     define.integer("num_filters", 64, "filters per convolution [paper's]", 1)
     define.boolean("max_pool", False, "2×2 max-pooling instead of stride 2 [paper's]")

@@ -31,7 +31,7 @@ def shown(arguments: Sequence[str], settings: Settings) -> list[str]:
 
     That is without the folders, but one's own images stay, and with our flagfiles by their short names.
     """
-    hidden = ("--logdir=",) if settings.datasource == "folder" else ("--logdir=", "--data_dir=")
+    hidden = ("--logdir=",) if settings.dataset.is_data_dir else ("--logdir=", "--data_dir=")
     ours = f"--flagfile={flagfiles()}/"
     kept = [argument for argument in arguments if not argument.startswith(hidden)]
     return [argument.replace(ours, f"--flagfile={FLAGFILES}/", 1) for argument in kept]

@@ -9,10 +9,11 @@ import math
 import os
 import pathlib
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from absl import flags
 
+from maml import tables
 from maml.errors import CONTROL, UserError
 
 LARGEST = 2**31 - 1  # of numbers: what TensorFlow's shapes can hold
@@ -21,6 +22,21 @@ LONGEST_PART, LONGEST_PATH = 255, 3000  # bytes; the system's limits, with room 
 MOST_ARGUMENTS, DEEPEST, LARGEST_FILE = 10_000, 20, 1 << 20  # flagfiles: flags, files in files, bytes
 FLAGFILES = "flags"  # `--flagfile=flags/…` is ours where there is no such file
 SHOWN, LONGEST_LINE = 400, 3000  # characters of a value, of a line of a message
+
+
+class NameParser(flags.ArgumentParser):
+    """A name in a table, or a module:attribute in the place of one. The module is not looked for yet."""
+
+    def __init__(self, table: Mapping[str, object]):
+        self.needed = f"one of {', '.join(table)}, or module:function"
+        self.syntactic_help = self.needed
+        self._table = table
+
+    def parse(self, argument: str) -> str:
+        """The name; a ValueError if it can be none."""
+        if not tables.is_name(self._table, argument):
+            raise ValueError(f"needed {self.needed}")
+        return argument
 
 
 class ExplainingParser(flags.ArgumentParser):

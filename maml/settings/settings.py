@@ -11,11 +11,11 @@ from collections.abc import Mapping, Sequence
 
 from absl import flags
 
+from maml import tables
 from maml.errors import Failure as Failure
 from maml.errors import UserError as UserError
 from maml.settings import parsing
 from maml.settings.flags import define
-from maml.settings.paper import default_img_size, paper_values
 
 FLAGS = flags.FLAGS
 
@@ -46,6 +46,7 @@ class Settings:
     norm: str
     num_filters: int
     conv: bool
+    network: str
     max_pool: bool
     log: bool
     logdir: str
@@ -65,6 +66,7 @@ class Settings:
     data_dir: str
     img_size: int | None
     skip_bad_images: bool
+    class_split: str | None
     seed: int
     save_interval: int
     keep: int | None
@@ -78,9 +80,14 @@ class Settings:
     learner: str = "maml"
 
     @property
+    def dataset(self) -> tables.Dataset:
+        """What is known of the data set."""
+        return tables.dataset(self.datasource)
+
+    @property
     def classification(self) -> bool:
         """Whether the tasks are N-way classification (else regression)."""
-        return self.datasource != "sinusoid"
+        return self.dataset.classification
 
     @property
     def task(self) -> str:
@@ -89,11 +96,17 @@ class Settings:
         return f"{way}{self.update_batch_size}-shot"
 
     @property
-    def input_shape(self) -> tuple[int, ...]:
-        """Of one example: (1,), of the oracle (3,), of an image (H, W, C)."""
-        if not self.classification:
-            return (3,) if self.baseline == "oracle" else (1,)
-        return (self.img_size, self.img_size, 1 if self.datasource == "omniglot" else 3)
+    def input_shape(self) -> tuple[int, ...] | None:
+        """Of one example: of a sinusoid (1,), of the oracle (3,), of an image (H, W, C).
+
+        None of a custom data set that does not say: see `maml.runs.data.input_shape`.
+        """
+        row = self.dataset
+        if self.baseline == "oracle":
+            return row.oracle_inputs
+        if row.channels is None:
+            return row.inputs
+        return (self.img_size, self.img_size, row.channels)
 
     @property
     def iterations(self) -> int:
@@ -117,16 +130,22 @@ class Settings:
         name += "stopgrad" if self.stop_grad else ""
         name += self.baseline or ""
         name += {"batch_norm": "batchnorm", "layer_norm": "layernorm", "None": "nonorm"}[self.norm]
-        name += ".noconv" if self.classification and not self.conv else ""
+        row = self.dataset
+        if self.network == "mlp" and row.network != "mlp":
+            name += ".noconv"
+        elif self.network != row.network:
+            name += f".{_slug(self.network)}"
         name += f".metalr{self.meta_lr}" if self.meta_lr != 0.001 else ""
         name += f".query{self.num_query}" if self.num_query != self.train_update_batch_size else ""
         if self.pretrain_iterations and not self.baseline:
             name += f".pretrain{self.pretrain_iterations}"
-        if self.datasource == "folder":
-            # The data set is its own name; those of the others differ by the paper's values.
-            name += f".folder-{re.sub(r'[^a-zA-Z0-9_-]+', '-', pathlib.Path(self.data_dir).resolve().stem)}"
+        name += f".{_slug(self.datasource)}" if row.in_run_name else ""
+        if row.is_data_dir:
+            name += f"-{_slug(pathlib.Path(self.data_dir).resolve().stem)}"
+        if self.class_split:
+            name += f".split-{_slug(pathlib.Path(self.class_split).resolve().stem)}"
         name += ".bfloat16" if self.mixed_precision else ""
-        name += f".img{self.img_size}" if self.img_size != default_img_size(self.datasource) else ""
+        name += f".img{self.img_size}" if self.img_size != row.side else ""
         if self.init_from == RANDOM:
             name += ".from-random"
         elif self.init_from:
@@ -138,6 +157,11 @@ class Settings:
     def run_dir(self) -> pathlib.Path:
         """Folder of this run."""
         return pathlib.Path(self.logdir) / self.run_name
+
+
+def _slug(text: str) -> str:
+    """The text as a part of a file's name."""
+    return re.sub(r"[^a-zA-Z0-9_-]+", "-", text)
 
 
 def parse(arguments: Sequence[str]) -> Settings:
@@ -164,13 +188,15 @@ def resolve(values: flags.FlagValues = FLAGS) -> tuple[Settings, dict[str, objec
     """
     names = {field.name for field in dataclasses.fields(Settings)} - {"own", "learner"}
     given = {name: values[name].value for name in names}
-    _refuse_nonsense(given, lambda name: bool(values[name].present))
+    row = tables.dataset(given["datasource"])
+    _refuse_nonsense(given, row, lambda name: bool(values[name].present))
+    given["network"] = _network(given, row, lambda name: bool(values[name].present))
 
     shot = given["update_batch_size"]
     train_shot = given["train_update_batch_size"] if given["train_update_batch_size"] > 0 else shot
-    paper = paper_values(given["datasource"], given["num_classes"], train_shot)
-    if not given["conv"]:
-        paper.update(max_pool=False, num_filters=64)
+    paper = row.paper(given["num_classes"], train_shot)
+    if given["network"] != row.network:
+        paper |= {name: values[name].default for name in ("max_pool", "num_filters") if name in paper}
     paper = {name: value for name, value in paper.items() if not values[name].present}
     given.update(paper)
     if given["baseline"] == "oracle":
@@ -180,7 +206,7 @@ def resolve(values: flags.FlagValues = FLAGS) -> tuple[Settings, dict[str, objec
     given["train_update_batch_size"] = train_shot
     if given["train_update_lr"] < 0:
         given["train_update_lr"] = given["update_lr"]
-    given["img_size"] = given["img_size"] or default_img_size(given["datasource"])
+    given["img_size"] = given["img_size"] or row.side
     given["num_query"] = given["num_query"] or train_shot
     given["test_num_query"] = given["test_num_query"] or shot
     if not given["transductive"] and given["norm"] != "batch_norm":
@@ -197,20 +223,43 @@ def resolve(values: flags.FlagValues = FLAGS) -> tuple[Settings, dict[str, objec
     return settings, paper
 
 
-def _refuse_nonsense(given: dict, present) -> None:
-    if given["baseline"] == "oracle" and given["datasource"] != "sinusoid":
+def _network(given: dict, row: tables.Dataset, present) -> str:
+    """The name of the network; raises UserError if it does not go with the data set or other flags."""
+    name = given["network"] or (row.network if given["conv"] else "mlp")
+    network = tables.network(name)
+    if network.images and row.channels is None and row.inputs is not None:
+        raise UserError(
+            f"--network={name}: expected a data set of images, got --datasource={given['datasource']}. "
+            f"Use --network=mlp."
+        )
+    if not given["conv"] and name != "mlp":
+        raise UserError(f"expected one network, got --noconv (--network=mlp) and --network={name}.")
+    for flag in ("num_filters", "max_pool"):
+        # --noconv and a sinusoid take them without a word, as in the original.
+        unread = name != "mlp" and network.flags is not None and flag not in network.flags
+        if unread and present(flag) and given[flag] not in (False, 64):
+            raise UserError(
+                f"expected flags of --network={name}, got --{flag}={given[flag]}. Leave out --{flag}."
+            )
+    return name
+
+
+def _refuse_nonsense(given: dict, row: tables.Dataset, present) -> None:
+    if given["baseline"] == "oracle" and row.oracle_inputs is None:
         raise UserError(
             f"--baseline=oracle needs amplitude and phase, which only the sinusoid has; found "
             f"--datasource={given['datasource']}. Use --datasource=sinusoid or drop --baseline."
         )
     if not given["conv"] and given["max_pool"] and present("max_pool"):
         raise UserError("--max_pool needs a convolutional network; found --noconv. Drop one of the two.")
-    if given["datasource"] == "sinusoid" and given["img_size"]:
-        raise UserError("--img_size needs images; found --datasource=sinusoid. Drop --img_size.")
-    if given["datasource"] == "folder" and not present("data_dir"):
+    if given["img_size"] and row.channels is None and row.inputs is not None:
         raise UserError(
-            "--datasource=folder needs --data_dir=DIR, the folder of {train,val,test}/<class>/* or "
-            "<class>/*; found none. Give it."
+            f"--img_size needs images; found --datasource={given['datasource']}. Drop --img_size."
+        )
+    if row.is_data_dir and not present("data_dir"):
+        raise UserError(
+            f"--datasource={given['datasource']} needs --data_dir=DIR, the folder of "
+            "{train,val,test}/<class>/* or <class>/*; found none. Give it."
         )
     if given["train"]:
         for name in ("train_update_batch_size", "train_update_lr", "test_iter"):
