@@ -127,7 +127,7 @@ NETWORKS: Mapping[str, Network] = {
     ),
 }
 
-# --- Data sets, and the paper's values (appendix A.1, A.2) of flags whose original defaults suit none --------
+# --- Data sets, and the paper's values (appendix A.1, A.2) of flags whose original defaults suit none ---
 
 
 def _sinusoid(way: int, shot: int) -> dict[str, object]:

@@ -2,6 +2,7 @@
 
 import pathlib
 
+from maml import tables
 from maml.commands.table import PREPARABLE
 from maml.errors import UserError
 from maml.runs import files
@@ -17,10 +18,8 @@ def train(_: list[str]) -> tuple[Settings, dict[str, object]]:
 def prepare(operands: list[str]) -> Settings:
     """The settings of the data set that is to be prepared."""
     (name,) = operands
-    if name not in PREPARABLE:
-        raise UserError(
-            f"expected one of {', '.join(PREPARABLE)}, got {name}. The sinusoid needs no preparation."
-        )
+    if not tables.is_name(tables.DATASETS, name) or not tables.dataset(name).channels:
+        raise UserError(f"expected one of {', '.join(PREPARABLE)}, got {name}. Others need no preparation.")
     FLAGS.datasource = name
     return resolve()[0]
 

@@ -62,10 +62,9 @@ def others() -> Rows:
 def _described(path: pathlib.Path) -> str:
     """The first sentence of the comment that a flagfile begins with, and the data set that it needs."""
     text = path.read_text("utf-8")
-    comment = itertools.takewhile(lambda line: line.startswith("#"), text.splitlines())
-    about = re.split(r" \(paper|[.;] |(?<=[?]) ", " ".join(line.lstrip("# ") for line in comment))[0].rstrip(
-        "."
-    )
+    lines = itertools.takewhile(lambda line: line.startswith("#"), text.splitlines())
+    comment = " ".join(line.lstrip("# ") for line in lines)
+    about = re.split(r" \(paper|[.;] |(?<=[?]) ", comment)[0].rstrip(".")
     source = re.search(r"^--datasource=(\S+)", text, re.MULTILINE)
     return f"{about} [{source[1]}]" if source else about
 

@@ -8,10 +8,10 @@ from typing import NamedTuple
 import tensorflow as tf
 from tqdm import tqdm
 
-from maml.datasets import table
 from maml.episodes import Episode, EpisodeSource, EpisodeSpec
 from maml.errors import UserError
 from maml.runs import build, files, results
+from maml.runs.data import first_episode, load_data
 from maml.runs.folder import Run
 from maml.settings.settings import CHECKPOINTS, Settings
 from maml.training import devices, evaluate
@@ -197,10 +197,10 @@ def measure(settings: Settings) -> None:
     # Each number of queries is another shape, of which TensorFlow would warn where the tasks are few.
     tf.get_logger().setLevel("ERROR")
     device = devices.use(settings).description
-    data = table.load_data(settings)
+    data = load_data(settings)
     queries = queries_that_fit(settings, data)
     spec = build.test_spec(dataclasses.replace(settings, test_num_query=queries[0]))
-    one = table.first_episode(data, spec, settings.split)
+    one = first_episode(data, spec, settings.split)
     phases = build.build_training(settings, build.build_network(settings, one.support_x.shape[2:]))
     todo = variants(settings, checkpoints(settings, phases), queries)
 

@@ -32,7 +32,7 @@ def job(cell: str, scale: float, overrides: Sequence[str] = ()) -> Job:
     """
     asked = parse([f"--flagfile={flagfile(cell)}", *overrides])
     arguments = [f"--flagfile={flagfile(cell)}", *overrides]
-    if asked.datasource == "folder":
+    if asked.dataset.is_data_dir:
         # The flagfile says which photographs; the command line, in which folder all data are.
         given = parse(overrides).data_dir
         own = pathlib.Path(parse([f"--flagfile={flagfile(cell)}"]).data_dir)

@@ -4,9 +4,10 @@ from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from maml.settings.own import Flag
+from maml.tables import DATASETS
 
 GRID_EXAMPLE = '--grid="num_classes=2,3,5 num_query=1,15"'
-PREPARABLE = ("miniimagenet", "omniglot", "folder")
+PREPARABLE = tuple(name for name, row in DATASETS.items() if row.channels)
 
 
 class Command(NamedTuple):
@@ -66,8 +67,8 @@ In brackets: the default; "paper's" is the paper's value for the data set, as fa
         usage="""Classifies your own photographs: `maml adapt --support=DIR --query=DIR --run=RUN`.
 
 `--support` holds a few photographs of each class, in a folder of the class's name; `--query` those to be
-classified. A trained network is adapted to the first and predicts the second: it is one of our runs (`--run`) or
-that of a checkpoint, such as the one the paper's authors published (`--init_from`).
+classified. A trained network is adapted to the first and predicts the second: it is one of our runs (`--run`)
+or that of a checkpoint, such as the one the paper's authors published (`--init_from`).
 """,
         check="maml.commands.photographs:read",
         work="maml.commands.adapt:classify",
@@ -90,7 +91,7 @@ that of a checkpoint, such as the one the paper's authors published (`--init_fro
             "transductive",
             "checkpoint",
             "test_iter",
-        ),  # fmt: skip
+        ),
         # Nobody knows what there is in a query set. With the published weights, 5-way 5-shot, 100 tasks: over
         # the query set 60.9 % where it has all classes in equal parts, 27.1 % where it has one, 22.0 % for a
         # single photograph; by the support set's statistics 60.2 %, 61.8 %, 60.0 %
@@ -101,7 +102,7 @@ that of a checkpoint, such as the one the paper's authors published (`--init_fro
             "init_from": None,
             "checkpoint": "newest",
             "test_iter": -1,
-        },  # fmt: skip
+        },
         otherwise="the run's, or the paper's",
     ),
     "prepare": Command(
@@ -118,7 +119,7 @@ Training does the same where it is needed; this does it without a network, on an
     ),
     "protocol": Command(
         about="tests one run under every protocol",
-        usage="""Tests one trained model under every protocol: `maml protocol RUN --test_set --num_test_tasks=6000`.
+        usage="""Tests one trained model under every protocol: `maml protocol RUN --test_set`.
 
 The spread between published re-runs of MAML is protocol. This measures one run under all of them side by
 side: the newest and the best validated checkpoint, 1, 5, 15 and the run's own query examples per class, batch
@@ -136,8 +137,8 @@ are those of the run folder, then those of the command line; every figure is the
         about="runs the paper's experiments; a page of results",
         usage="""Runs the paper's experiments: `maml reproduce [CELL …]`, all of them or those named.
 
-A cell is a flagfile in `flags/`. Each is trained if it is missing, resumed if it is unfinished, and tested; a page,
-a table and figures are written to `results/` after each. Flags of a run given here hold for every cell
+A cell is a flagfile in `flags/`. Each is trained if it is missing, resumed if it is unfinished, and tested; a
+page, a table and figures are written to `results/` after each. Flags of a run given here hold for every cell
 (`--num_test_tasks=6000`, `--logdir=…`).
 """,
         work="maml.commands.reproduce:reproduce_asked",
@@ -153,7 +154,7 @@ a table and figures are written to `results/` after each. Flags of a run given h
     ),
     "show_episodes": Command(
         about="draws episodes as the network is given them",
-        usage="""Draws episodes: `maml show_episodes --datasource=omniglot --num_classes=5 --out=episodes.png`.
+        usage="""Draws episodes: `maml show_episodes --datasource=omniglot --out=episodes.png`.
 
 Every flag of training counts: the picture shows what a run with the same flags is given.
 """,
@@ -173,7 +174,7 @@ Every flag of training counts: the picture shows what a run with the same flags 
             "img_size",
             "skip_bad_images",
             "seed",
-        ),  # fmt: skip
+        ),
     ),
     "sweep": Command(
         about="a run for every value of a grid of flags",

@@ -5,14 +5,13 @@ from collections.abc import Mapping
 
 import keras
 
-from maml.datasets import table
 from maml.episodes import EpisodeSource
 from maml.errors import UserError
 from maml.learners.base import Algorithm
-from maml.networks import mlp
 from maml.reports import sinusoid_fits, tensorboard, test_table
 from maml.runs import build, results
 from maml.runs import train as training
+from maml.runs.data import first_episode, load_data
 from maml.runs.folder import Run
 from maml.settings.own import DEFAULT_LEARNER
 from maml.settings.settings import RANDOM, Settings
@@ -34,9 +33,9 @@ def train(asked: tuple[Settings, dict[str, object]]) -> None:
 
 def _train_and_test(settings: Settings, machine: devices.Machine) -> None:
     keras.utils.set_random_seed(settings.seed)
-    data = table.load_data(settings)
+    data = load_data(settings)
     try:
-        tested = table.first_episode(data, build.test_spec(settings), settings.split)
+        tested = first_episode(data, build.test_spec(settings), settings.split)
     except UserError as error:
         other = "" if settings.test_set else " Or test on the meta-test classes: --test_set."
         raise UserError(f"{error}{other}") from error
@@ -48,7 +47,7 @@ def _train_and_test(settings: Settings, machine: devices.Machine) -> None:
     if settings.train:
         if settings.init_from and settings.init_from != RANDOM:
             folder.begin_from(network)
-        folder.begin(table.first_episode(data, build.train_spec(settings), "train"))
+        folder.begin(first_episode(data, build.train_spec(settings), "train"))
         machine.check_together(folder.iteration)
         if int(folder.iteration):
             print(f"resumed from iteration {int(folder.iteration)} of {settings.iterations}", flush=True)
@@ -112,8 +111,8 @@ def _header(settings: Settings, from_paper: dict[str, object], devices: str) -> 
         lines.append(
             _line(
                 "outer loop",
-                f"{joint}{settings.metatrain_iterations:,} iterations of β = {settings.meta_lr:g}{_outer(settings)} on "
-                f"{settings.meta_batch_size} tasks with N·Q = {query} query examples each",
+                f"{joint}{settings.metatrain_iterations:,} iterations of β = {settings.meta_lr:g}"
+                f"{_outer(settings)} on {settings.meta_batch_size} tasks with N·Q = {query} query examples each",
             )
         )
     if from_paper:
@@ -139,14 +138,13 @@ def _line(label: str, text: str) -> str:
 def _described(settings: Settings, network: keras.Model) -> str:
     """The network in words."""
     norm = {"batch_norm": "batch norm", "layer_norm": "layer norm", "None": "no norm"}[settings.norm]
-    if settings.network not in ("conv4", "mlp"):
-        return f"{settings.network}; {network.count_params():,} weights"
     if settings.network == "conv4":
         smaller = "2×2 max-pooling" if settings.max_pool else "stride 2"
         layers = f"4 convolutions of {settings.num_filters} filters, {smaller}"
+    elif settings.network == "mlp":
+        layers = f"fully connected, {'-'.join(map(str, settings.dataset.hidden))}"
     else:
-        hidden = mlp.MLP_IMAGES if settings.classification else mlp.MLP_SINUSOID
-        layers = f"fully connected, {'-'.join(map(str, hidden))}"
+        layers = settings.network
     return f"{layers}, {norm}; {network.count_params():,} weights"
 
 

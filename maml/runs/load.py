@@ -6,9 +6,9 @@ import pathlib
 import keras
 import tensorflow as tf
 
-from maml.datasets import table
 from maml.learners.library import Learner
 from maml.runs import build
+from maml.runs.data import input_shape
 from maml.runs.files import test_settings
 from maml.runs.folder import Run
 from maml.settings.paper import PUBLISHED
@@ -42,10 +42,9 @@ def load_run(path: str | os.PathLike, *, checkpoint: str = "newest") -> Learner:
         losses = tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits)
         return found.num_classes * tf.reduce_mean(losses)
 
-    source = table.DATASOURCES[found.datasource]
+    source = found.dataset
     if source.scale != 1:
-        layers = [keras.layers.Rescaling(1 / source.scale), *network.layers]
-        network = keras.Sequential([keras.Input(found.input_shape), *layers])
+        network = _of_pixels(network, source.scale)
     learner = Learner(
         network,
         n_times_the_mean if found.classification else "mse",
@@ -60,6 +59,15 @@ def load_run(path: str | os.PathLike, *, checkpoint: str = "newest") -> Learner:
     return learner
 
 
+def _of_pixels(network: keras.Model, scale: float) -> keras.Model:
+    """The network, its weights shared, of inputs that it divides by `scale` first."""
+    rescaling = keras.layers.Rescaling(1 / scale)
+    if isinstance(network, keras.Sequential):
+        return keras.Sequential([keras.Input(network.input_shape[1:]), rescaling, *network.layers])
+    x = keras.Input(network.input_shape[1:])
+    return keras.Model(x, network(rescaling(x)))
+
+
 def trained_network(settings: Settings, *, from_run: bool) -> tuple[keras.Model, int]:
     """The network of the settings with its learned weights, and its iteration.
 
@@ -71,7 +79,7 @@ def trained_network(settings: Settings, *, from_run: bool) -> tuple[keras.Model,
     Raises:
         UserError: if there are no such weights, or they are those of another network.
     """
-    network = build.build_network(settings, settings.input_shape)
+    network = build.build_network(settings, input_shape(settings))
     run = Run(settings, build.build_training(settings, network))
     if from_run:
         run.restore()

@@ -30,15 +30,15 @@ def _check_data(values: Mapping[str, object], present: set[str], data: Dataset) 
     source = f"--datasource={values['datasource']}"
     if values["baseline"] == "oracle" and data.oracle_inputs is None:
         raise UserError(
-            f"--baseline=oracle: expected a data set that tells the task, as only the sinusoid does, got {source}. "
-            f"Use --datasource=sinusoid, or leave out --baseline."
+            f"--baseline=oracle: expected a data set that tells the task, as only the sinusoid does, got "
+            f"{source}. Use --datasource=sinusoid, or leave out --baseline."
         )
     if values["img_size"] and data.inputs is not None:
         raise UserError(f"--img_size: expected a data set of images, got {source}. Leave out --img_size.")
     if data.is_data_dir and "data_dir" not in present:
         raise UserError(
-            f"{source}: expected --data_dir=DIR, the folder of {{train,val,test}}/<class>/* or <class>/*, got "
-            f"none. Add it."
+            f"{source}: expected --data_dir=DIR, the folder of {{train,val,test}}/<class>/* or <class>/*, "
+            f"got none. Add it."
         )
 
 
@@ -58,8 +58,8 @@ def _check_network(values: Mapping[str, object], present: set[str], data: Datase
         )
     if data.classification and "conv" in present and conv == (name == "mlp"):
         raise UserError(
-            f"--network={name}: expected no other network, got --{'' if conv else 'no'}conv. Leave out one of "
-            f"the two."
+            f"--network={name}: expected no other network, got --{'' if conv else 'no'}conv. Leave out one "
+            f"of the two."
         )
     for flag, unset in UNREAD.items():
         if row.flags is not None and flag not in row.flags and flag in present and values[flag] != unset:
@@ -72,13 +72,13 @@ def _check_training(values: Mapping[str, object]) -> None:
     for name in ("train_update_batch_size", "train_update_lr", "test_iter"):
         if values[name] != -1:
             raise UserError(
-                f"--{name} selects the run or checkpoint to test: expected --train=False, got training on. Add "
-                f"--train=False, or leave out --{name}."
+                f"--{name} selects the run or checkpoint to test: expected --train=False, got training on. "
+                f"Add --train=False, or leave out --{name}."
             )
     if values["pretrain_iterations"] + values["metatrain_iterations"] == 0 and not values["init_from"]:
         raise UserError(
-            "nothing to train: expected iterations, got --pretrain_iterations=0 and --metatrain_iterations=0. "
-            "Set one of them, or test with --train=False, or test other weights with --init_from "
+            "nothing to train: expected iterations, got --pretrain_iterations=0 and "
+            "--metatrain_iterations=0. Set one of them, or test with --train=False, or other weights by --init_from "
             "(--init_from=random: untrained ones)."
         )
 

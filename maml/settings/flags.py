@@ -1,4 +1,4 @@
-"""The fields of a dataclass as absl flags: type, default, bounds, choices, topic and help are written once."""
+"""The fields of a dataclass as absl flags: type, default, bounds, choices, topic and help stand once."""
 
 import dataclasses
 import types

@@ -15,8 +15,8 @@ class Flag(NamedTuple):
 
     Fields:
         name: on the command line, and of the keyword argument of the learner's `__init__`.
-        default: where it is not given and the paper says nothing for the data set. None: a path, not given. A text is
-            taken as it is.
+        default: where it is not given and the paper says nothing for the data set. None: a path, not given.
+            A text is taken as it is.
         help: one line that names the paper's symbol.
         lower, upper: bounds of a number.
         choices: the values to choose from.
@@ -48,6 +48,7 @@ def flags_of(learner: str) -> Sequence[Flag]:
         kind = tables.load(row.home if row else learner)
     if not isinstance(kind, type) or not hasattr(kind, "task_gradient"):
         raise UserError(
-            f"--learner={learner}: expected a class derived from maml.learners.base.Algorithm, got {kind!r:.100}."
+            f"--learner={learner}: expected a class derived from maml.learners.base.Algorithm, got "
+            f"{kind!r:.100}. Check the name."
         )
     return kind.flags

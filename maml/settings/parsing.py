@@ -121,8 +121,8 @@ def _unknown(name: str, values: flags.FlagValues) -> UserError:
     if learner and owners:
         others = " or ".join(f"--learner={owner}" for owner in owners)
         return UserError(
-            f"--{name} belongs to {others}: expected flags of --learner={learner}. Add {others}, or leave out "
-            f"--{name}."
+            f"--{name} belongs to {others}: expected flags of --learner={learner}. Add {others}, or leave "
+            f"out --{name}."
         )
     similar = " or ".join(f"--{other}" for other in neighbors(name, list(values)))
     advice = f"Did you mean {similar}?" if similar else "Check its name."
@@ -194,8 +194,8 @@ def _expanded(arguments: Iterable[str], above: tuple[str, ...]) -> Iterator[str]
                 )
             if len(above) >= DEEPEST:
                 raise UserError(
-                    f"--flagfile={name}: expected at most {DEEPEST} files in one another, got more. Write them "
-                    f"as one."
+                    f"--flagfile={name}: expected at most {DEEPEST} files in one another, got more. Write "
+                    f"them as one."
                 )
             yield from _expanded(_lines(name), (*above, path))
         elif argument.startswith("-") and len(argument.partition("=")[0]) > LONGEST_NAME:

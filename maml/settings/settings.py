@@ -16,7 +16,7 @@ from maml import tables
 from maml.errors import Failure as Failure
 from maml.errors import UserError as UserError
 from maml.settings import parsing
-from maml.settings.checks import check_flags
+from maml.settings.checks import UNREAD, check_flags
 from maml.settings.flags import (
     FOLDER,
     INNER,
@@ -72,6 +72,13 @@ class Settings:
         TASK, None, "side of the images, pixels [Omniglot 28, photographs 84]", 16, 4096
     )
     skip_bad_images: bool = option(TASK, False, "leave out images that cannot be read instead of stopping")
+    class_split: str | None = option(
+        TASK,
+        None,
+        "lists of the classes of each split [by --seed]\n\n"
+        'For tfds:NAME and folder: a JSON file of {"train": [class, …], "val": …, "test": …}, or a folder '
+        "of train.txt, val.txt and test.txt with a class on every line. Classes in none are left out.",
+    )
     seed: int = option(TASK, 0, "of the weights, the class split and the episodes", 0, 2**31)
 
     learner: str = option(
@@ -221,7 +228,7 @@ class Settings:
         """Of one example: (1,), of the oracle (3,), of an image (H, W, C); None: only its episodes say."""
         if self.baseline == "oracle":
             return self.dataset.oracle_inputs
-        if self.img_size is None or self.dataset.channels is None:
+        if self.dataset.channels is None:
             return self.dataset.inputs
         return (self.img_size, self.img_size, self.dataset.channels)
 
@@ -272,6 +279,7 @@ class Settings:
             f"query{self.num_query}" if self.num_query != self.train_update_batch_size else None,
             f"pretrain{self.pretrain_iterations}" if joint else None,
             source and _part(source),
+            f"split-{_part(pathlib.Path(self.class_split).resolve().stem)}" if self.class_split else None,
             "bfloat16" if self.mixed_precision else None,
             f"img{self.img_size}" if self.img_size != data.side else None,
             start,
@@ -325,8 +333,8 @@ def resolve(values: flags.FlagValues = FLAGS) -> tuple[Settings, dict[str, objec
         given["network"] = data.network if given["conv"] else "mlp"
     given["conv"] = given["conv"] and (given["network"] != "mlp" or not data.classification)
     paper = data.paper(given["num_classes"], train_shot)
-    if given["network"] not in (data.network, "conv4"):
-        paper.update(max_pool=False, num_filters=64)
+    if given["network"] != data.network:
+        paper |= {name: value for name, value in UNREAD.items() if name in paper}
     paper = {name: value for name, value in paper.items() if name not in present}
     given.update(paper)
     if given["baseline"] == "oracle":
