@@ -206,6 +206,20 @@ DATASETS: Mapping[str, Dataset] = {
         "maml.datasets.tfds:load_tfds", "a classification data set of TensorFlow Datasets"
     ),
 }
+OPTIMIZERS: Mapping[str, str] = {
+    "adam": "maml.training.adam:Adam",
+    "sgd": "keras.optimizers:SGD",
+    "adadelta": "keras.optimizers:Adadelta",
+    "adafactor": "keras.optimizers:Adafactor",
+    "adagrad": "keras.optimizers:Adagrad",
+    "adamax": "keras.optimizers:Adamax",
+    "adamw": "keras.optimizers:AdamW",
+    "ftrl": "keras.optimizers:Ftrl",
+    "lamb": "keras.optimizers:Lamb",
+    "lion": "keras.optimizers:Lion",
+    "nadam": "keras.optimizers:Nadam",
+    "rmsprop": "keras.optimizers:RMSprop",
+}
 CUSTOM = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")  # module:attribute
 TFDS = re.compile(r"tfds:[a-z0-9_]+(/[\w.+-]+)?")
 

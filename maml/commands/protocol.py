@@ -177,7 +177,7 @@ def as_csv(measured: list[tuple[Variant, TestResult]], device: str) -> str:
                 rows.append(
                     {**protocol, "iterations": iteration, "measure": result.measure, "on": "query"}
                     | {"step": step, "mean": float(mean), "std": float(std), "ci95": float(ci95)}
-                    | {"command": shlex.join(sys.argv), "device": device}
+                    | {"command": shlex.join(["maml", *sys.argv[1:]]), "device": device}
                 )
     return files.csv_text(rows)
 

@@ -112,7 +112,8 @@ def _header(settings: Settings, from_paper: dict[str, object], devices: str) -> 
             _line(
                 "outer loop",
                 f"{joint}{settings.metatrain_iterations:,} iterations of β = {settings.meta_lr:g}"
-                f"{_outer(settings)} on {settings.meta_batch_size} tasks with N·Q = {query} query examples each",
+                f"{_outer(settings)} on {settings.meta_batch_size} tasks with N·Q = {query} query examples "
+                f"each",
             )
         )
     if from_paper:

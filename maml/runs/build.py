@@ -8,9 +8,9 @@ from maml.errors import UserError
 from maml.learners.base import Algorithm
 from maml.learners.joint import Joint
 from maml.learners.losses import cross_entropy, mean_squared_error
+from maml.runs.optimizers import meta_optimizer
 from maml.settings.settings import Settings
 from maml.tables import LEARNERS, declared, load, network
-from maml.training.adam import Adam
 from maml.training.loop import METATRAIN, PRETRAIN, Phase
 from maml.training.outer_loop import OuterLoop
 from maml.training.task_map import TaskMap
@@ -63,7 +63,8 @@ def build_training(
         scale=source.scale,
         tasks_at_once=settings.tasks_per_chunk or 10,
     )
-    kind = load(LEARNERS[settings.learner].home)
+    row = LEARNERS.get(settings.learner)
+    kind = load(row.home if row else settings.learner)
     algorithm = kind(
         network,
         loss,
@@ -82,7 +83,8 @@ def build_training(
 
     def phase(name: str, algorithm: Algorithm, end: int) -> Phase:
         skip = settings.on_nan == "skip"
-        optimizer = algorithm.meta_optimizer(settings) or Adam(settings.meta_lr)
+        iterations = settings.pretrain_iterations if name == PRETRAIN else settings.metatrain_iterations
+        optimizer = meta_optimizer(algorithm, settings, iterations)
         outer = OuterLoop(algorithm, optimizer, tasks, skip_not_finite=skip)
         return Phase(name, outer, end)
 

@@ -5,10 +5,8 @@ from collections.abc import Mapping
 from maml.errors import UserError
 from maml.tables import Dataset, network
 
-UNREAD = {
-    "max_pool": False,
-    "num_filters": 64,
-}  # as the flagfile of a run has them where its network reads none
+# Flags that not every network reads, as the flagfile of a run has them where its network reads none.
+UNREAD = {"max_pool": False, "num_filters": 64}
 
 
 def check_flags(values: Mapping[str, object], present: set[str], data: Dataset) -> None:
@@ -61,8 +59,10 @@ def _check_network(values: Mapping[str, object], present: set[str], data: Datase
             f"--network={name}: expected no other network, got --{'' if conv else 'no'}conv. Leave out one "
             f"of the two."
         )
+    if name == "mlp" or row.flags is None:  # mlp takes them without a word, as in the original
+        return
     for flag, unset in UNREAD.items():
-        if row.flags is not None and flag not in row.flags and flag in present and values[flag] != unset:
+        if flag not in row.flags and flag in present and values[flag] != unset:
             raise UserError(
                 f"--{flag}: expected a network that reads it, got --network={name}. Leave it out."
             )
@@ -78,8 +78,8 @@ def _check_training(values: Mapping[str, object]) -> None:
     if values["pretrain_iterations"] + values["metatrain_iterations"] == 0 and not values["init_from"]:
         raise UserError(
             "nothing to train: expected iterations, got --pretrain_iterations=0 and "
-            "--metatrain_iterations=0. Set one of them, or test with --train=False, or other weights by --init_from "
-            "(--init_from=random: untrained ones)."
+            "--metatrain_iterations=0. Set one of them, or test with --train=False, or other weights by "
+            "--init_from (--init_from=random: untrained ones)."
         )
 
 

@@ -37,9 +37,6 @@ RANDOM = "random"
 NORMS = {"batch_norm": "batchnorm", "layer_norm": "layernorm", "None": "nonorm"}  # and in a run's name
 CHECKPOINTS = ("newest", "best")
 SCHEDULES = ("constant", "cosine", "linear")
-# Names of Keras' optimizers; a test builds each.
-OPTIMIZERS = ("adam", "sgd", "adadelta", "adafactor", "adagrad", "adamax", "adamw", "ftrl", "lamb", "lion",
-              "nadam", "rmsprop")  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -129,8 +126,9 @@ class Settings:
         OUTER,
         None,
         "optimizer of step size β [adam, or the learner's]\n\n"
-        "adam is TensorFlow 1's, as in the original; the others are Keras' with its defaults.",
-        choices=OPTIMIZERS,
+        "adam is TensorFlow 1's, as in the original; the others are Keras', with its defaults, or "
+        "module:Class on the Python path.",
+        table=tables.OPTIMIZERS,
     )
     meta_schedule: str = option(
         OUTER, "constant", "how β falls to 0 over the iterations, if it does", choices=SCHEDULES
@@ -273,7 +271,7 @@ class Settings:
         return [
             None if self.learner == DEFAULT_LEARNER else _part(self.learner),
             None if self.network == data.network else _part(network),
-            None if of_adam else self.meta_optimizer,
+            None if of_adam else _part(self.meta_optimizer),
             None if self.meta_schedule == "constant" else self.meta_schedule,
             f"metalr{self.meta_lr}" if self.meta_lr != 0.001 else None,
             f"query{self.num_query}" if self.num_query != self.train_update_batch_size else None,
