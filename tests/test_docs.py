@@ -17,6 +17,7 @@ import pytest
 import setuptools
 
 import maml
+from maml.settings.flags import of_settings
 from maml.settings.settings import FLAGS
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -104,7 +105,7 @@ def owners() -> dict[str, set[str]]:
 
 def our_flags() -> dict[str, object]:
     """{name of a flag of `main.py`: its default}."""
-    return {flag.name: flag.default for flag in FLAGS.flags_by_module_dict()["maml.settings"]}
+    return {flag.name: flag.default for flag in of_settings(FLAGS)}
 
 
 @functools.cache

@@ -1,6 +1,8 @@
 """Sets of images in classes, described but not yet read."""
 
+import contextlib
 import functools
+import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
@@ -57,3 +59,24 @@ class LazySplits(Mapping):
 
     def __len__(self) -> int:
         return len(self._splits)
+
+
+def misplaced(folders: Sequence[pathlib.Path], holds: Callable[[pathlib.Path], bool]) -> str:
+    """A sentence on which `--data_dir` was meant, if it is one level too deep or too high; else "".
+
+    Args:
+        folders: where a data set was looked for, all in `--data_dir`.
+        holds: whether a folder is that of the data set.
+    """
+    data_dir, names = folders[0].parent, [folder.name for folder in folders]
+    with contextlib.suppress(OSError):
+        if holds(data_dir):
+            here = data_dir.resolve()
+            if here.name in names:
+                return f"It is in {data_dir} itself: give --data_dir={here.parent}. "
+            return f"It is in {data_dir} itself: move it to {folders[0]}. "
+        for child in sorted(data_dir.iterdir()):
+            for name in names:
+                if (child / name).is_dir() and holds(child / name):
+                    return f"It is in {child / name}: give --data_dir={child}. "
+    return ""
