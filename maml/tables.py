@@ -103,6 +103,10 @@ class Dataset(NamedTuple):
 
 LEARNERS: Mapping[str, Learner] = {
     "maml": Learner("maml.learners.maml:Maml", "second-order MAML (Finn et al. 2017)"),
+    "fomaml": Learner("maml.learners.fomaml:Fomaml", "first-order MAML (Finn et al. 2017)"),
+    "anil": Learner("maml.learners.anil:Anil", "MAML of the head alone (Raghu et al. 2020)"),
+    "boil": Learner("maml.learners.anil:Boil", "MAML of all but the head (Oh et al. 2021)"),
+    "meta_sgd": Learner("maml.learners.meta_sgd:MetaSgd", "MAML with learned step sizes (Li et al. 2017)"),
 }
 
 NETWORKS: Mapping[str, Network] = {
