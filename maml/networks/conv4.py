@@ -7,7 +7,7 @@ from maml.networks.layers import MaxPool, _exact, _norm
 
 def conv4(
     input_shape: tuple[int, int, int],
-    way: int,
+    way: int | None,
     *,
     filters: int = 64,
     norm: str = "batch_norm",
@@ -19,9 +19,9 @@ def conv4(
 
     Args:
         input_shape: (H, W, C) of an image.
-        way: N, the logits.
+        way: N, the logits; None: no head, the output is the embedding that the head would see.
         filters: channels of every convolution.
-        norm: "batch_norm", "layer_norm" or "None".
+        norm: "batch_norm", "moving_batch_norm", "layer_norm" or "None".
         max_pool: stride 1 and 2×2 VALID pooling after the ReLU, instead of stride 2.
         flatten: the head sees the flattened map, with Glorot initialisation (mini-ImageNet), instead
             of its spatial mean, with N(0, 1) (Omniglot).
@@ -40,6 +40,8 @@ def conv4(
         layers.append(keras.layers.ReLU(dtype=dtype))
     pooling = keras.layers.Flatten if flatten else keras.layers.GlobalAveragePooling2D
     layers.append(pooling(dtype=_exact(dtype)))
+    if way is None:
+        return keras.Sequential(layers)
     head = "glorot_uniform" if flatten else keras.initializers.RandomNormal(stddev=1.0)
     layers.append(keras.layers.Dense(way, kernel_initializer=head, dtype=_exact(dtype), name="head"))
     return keras.Sequential(layers)
