@@ -52,8 +52,8 @@ if TYPE_CHECKING:
     from maml.networks.layers import BatchNorm as BatchNorm
     from maml.networks.layers import LayerNorm as LayerNorm
     from maml.networks.layers import LayerNormalization as LayerNormalization
-    from maml.networks.mlp import mlp as mlp
     from maml.networks.layers import MovingBatchNorm as MovingBatchNorm
+    from maml.networks.mlp import mlp as mlp
     from maml.runs.load import load_run as load_run
     from maml.training.evaluate import series as series
 
