@@ -63,10 +63,11 @@ class BatchNorm(keras.layers.Layer):
 class MovingBatchNorm(keras.layers.Layer):
     """Normalizes each channel by the batch's statistics or by moving ones, then applies a learned γ and β.
 
-    With `training`, or within `batch_statistics`: by the mean and the biased variance of the batch at hand,
-    with exact second derivatives, and the moving statistics take a step towards them. Else by the moving
-    statistics. These are the layer's non-trainable weights, so that a stateless call returns their new
-    values; no gradient goes through them.
+    With `training`: by the mean and the biased variance of the batch at hand, with exact second derivatives,
+    and the moving statistics take a step towards the batch's. Within `batch_statistics` alone: the same, but
+    the batch's mean and biased variance replace the moving ones, so that a query set can be normalized by its
+    support set's. Else by the moving statistics. These are the layer's non-trainable weights, so that a
+    stateless call returns their new values; no gradient goes through a step of theirs.
 
     PyTorch's BatchNorm2d is `MovingBatchNorm()`; Keras' BatchNormalization is
     `MovingBatchNorm(momentum=0.99, epsilon=1e-3, unbiased=False)`, its first derivatives included.
@@ -120,21 +121,23 @@ class MovingBatchNorm(keras.layers.Layer):
         """The normalized x [n, …, channels]."""
         if training or _BY_BATCH.get():
             rows = tf.reshape(x, (-1, x.shape[-1]))
-            self._move(tf.stop_gradient(rows))
+            self._keep(rows, training)
             y = tf.reshape(standardise(rows, 0, self.epsilon), tf.shape(x))
         else:
             y = (x - self.moving_mean) * tf.math.rsqrt(self.moving_variance + self.epsilon)
         y = y * self.gamma if self.scale else y
         return y + self.beta if self.center else y
 
-    def _move(self, rows: tf.Tensor) -> None:
+    def _keep(self, rows: tf.Tensor, training: bool | None) -> None:
+        rows = tf.stop_gradient(rows) if training else rows
         mean = _mean(rows, 0)
         variance = _mean(tf.square(rows - mean), 0)[0]
-        if self.unbiased:
+        momentum = self.momentum if training else 0
+        if training and self.unbiased:
             count = tf.cast(tf.shape(rows)[0], rows.dtype)
             variance *= count / tf.maximum(count - 1, 1)
         for moving, of_batch in ((self.moving_mean, mean[0]), (self.moving_variance, variance)):
-            moving.assign(self.momentum * moving + (1 - self.momentum) * of_batch)
+            moving.assign(momentum * moving + (1 - momentum) * of_batch)
 
     def get_config(self):
         """The arguments."""

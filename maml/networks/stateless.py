@@ -33,27 +33,37 @@ class Stateless:
         task of a meta-batch, and other noise after every update of the weights.
         """
         if support_x is None:
-            return self._by_batch(weights, x, noise)[0]
+            return self.by_batch(weights, x, noise)[0]
         state = self.state_after(weights, support_x)
         return self.network.stateless_call(weights, state, x, training=False)[0]
 
     def state_after(self, weights: Weights, x: tf.Tensor) -> Weights:
         """The network's non-trainable values with the batch-norm statistics of x [n, …]."""
-        return self._by_batch(weights, x, None)[1]
+        return self.by_batch(weights, x)[1]
+
+    def by_batch(
+        self, weights: Weights, x: tf.Tensor, noise: int | None = None, state: Weights | None = None
+    ) -> tuple[tf.Tensor, Weights]:
+        """Outputs [n, outputs] by the statistics of x [n, …], and the non-trainable values thereafter.
+
+        With `noise`, see `outputs`, the layers are in training: moving statistics take a step. They start from
+        `state`, or from the network's values.
+        """
+        variables = self.network.non_trainable_variables
+        state = [variable.value for variable in variables] if state is None else state
+        if noise is not None and self._seeds:
+            seeds = {id(seed) for seed in self._seeds}
+            state = [
+                _folded(variable, noise + 1) if id(variable) in seeds else value
+                for variable, value in zip(variables, state, strict=True)
+            ]
+        with batch_statistics():
+            return self.network.stateless_call(weights, state, x, training=noise is not None)
 
     def renew_noise(self) -> None:
         """Makes the next draws of every number other ones."""
         for seed in self._seeds:
             seed.assign(_folded(seed, 0))
-
-    def _by_batch(self, weights: Weights, x: tf.Tensor, noise: int | None) -> tuple[tf.Tensor, Weights]:
-        variables = self.network.non_trainable_variables
-        state = [variable.value for variable in variables]
-        if noise is not None and self._seeds:
-            seeds = {id(seed) for seed in self._seeds}
-            state = [_folded(v, noise + 1) if id(v) in seeds else v.value for v in variables]
-        with batch_statistics():
-            return self.network.stateless_call(weights, state, x, training=noise is not None)
 
 
 def gradients(tape: tf.GradientTape, loss: tf.Tensor, weights: Weights) -> Weights:
