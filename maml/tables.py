@@ -55,6 +55,7 @@ class Dataset(NamedTuple):
 
 LEARNERS: Mapping[str, Learner] = {
     "maml": Learner("maml.learners.maml:Maml", "second-order MAML (Finn et al. 2017)"),
+    "prototypical": Learner("maml.learners.prototypical:Prototypical", "prototypes (Snell et al. 2017)"),
 }
 
 NETWORKS: Mapping[str, Network] = {

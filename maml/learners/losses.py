@@ -87,6 +87,11 @@ def cross_entropy(shot: int) -> LossFunction:
     return loss
 
 
+def mean_cross_entropy(labels: tf.Tensor, logits: tf.Tensor) -> tf.Tensor:
+    """The mean over the examples; labels [n] integer, logits [n, N]; a scalar."""
+    return tf.reduce_mean(tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits))
+
+
 def mean_squared_error(targets: tf.Tensor, predictions: tf.Tensor) -> tf.Tensor:
     """The mean of the squared errors; targets and predictions [n, outputs]."""
     return tf.reduce_mean(tf.square(predictions - targets))

@@ -13,6 +13,7 @@ def conv4(
     norm: str = "batch_norm",
     max_pool: bool = False,
     flatten: bool = False,
+    last_filters: int | None = None,
     dtype: str = "float32",
 ) -> keras.Sequential:
     """Four 3×3 convolutions, each with norm and ReLU, and a linear head.
@@ -21,6 +22,7 @@ def conv4(
         input_shape: (H, W, C) of an image.
         way: N, the logits; None: no head, the output is the embedding that the head would see.
         filters: channels of every convolution.
+        last_filters: channels of the last one, where they are others.
         norm: "batch_norm", "moving_batch_norm", "layer_norm" or "None".
         max_pool: stride 1 and 2×2 VALID pooling after the ReLU, instead of stride 2.
         flatten: the head sees the flattened map, with Glorot initialisation (mini-ImageNet), instead
@@ -30,8 +32,9 @@ def conv4(
     layers: list[keras.layers.Layer] = [keras.layers.Input(input_shape, dtype=_exact(dtype))]
     for i in range(4):
         stride = 1 if max_pool else 2
+        channels = (last_filters or filters) if i == 3 else filters
         layers.append(
-            keras.layers.Conv2D(filters, 3, strides=stride, padding="same", dtype=dtype, name=f"conv{i + 1}")
+            keras.layers.Conv2D(channels, 3, strides=stride, padding="same", dtype=dtype, name=f"conv{i + 1}")
         )
         layers += _norm(norm, dtype, f"norm{i}")
         if max_pool:
