@@ -63,8 +63,8 @@ class Halved(keras.optimizers.schedules.LearningRateSchedule):
 class Metric(Algorithm):
     """Classifies a query by comparing its embedding with those of the support set.
 
-    A subclass says how: `compared` makes the outputs. In training support and query set are one batch of batch
-    norm, support first, and the network's moving statistics take a step; these are the `state_variables`.
+    A subclass says how: `compared` makes the outputs. In training support and query set are one batch of
+    batch norm, support first, and the network's moving statistics, the `state_variables`, take a step.
 
     Attributes:
         train_num_classes: N of the training episodes; None: the largest label tells, which neither XLA nor
@@ -110,7 +110,7 @@ class Metric(Algorithm):
 
     @classmethod
     def arguments(cls, settings: Settings) -> dict[str, object]:
-        """The learner's own flags, N of training resolved; the meta-gradient is not clipped entry by entry."""
+        """The learner's own flags, N of training resolved; no entry of the meta-gradient is clipped."""
         own = dict(clip=None) | super().arguments(settings)
         own["train_num_classes"] = own.get("train_num_classes") or settings.num_classes
         return own

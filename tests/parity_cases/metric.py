@@ -1,4 +1,4 @@
-"""The metric learners against their originals, in float64: outputs, gradients, weights after steps, test mode."""
+"""The metric learners against their originals, in float64: outputs, gradients, steps, test mode."""
 
 from collections.abc import Callable, Mapping
 
@@ -75,8 +75,8 @@ def assign(variables: Variables, values: Mapping[str, np.ndarray]) -> None:
 def weight_errors(case: Case, variables: Variables, group: str) -> Errors:
     """Errors of the weights and moving statistics against a group of arrays.
 
-    Biases before batch norm have no gradient but rounding: they, and the moving means that carry them, are judged
-    by their absolute deviation.
+    Biases before batch norm have no gradient but rounding: they, and the moving means that carry them, are
+    judged by their absolute deviation.
     """
     dead = set(case.side["dead_biases"])
     carried = {name.replace("conv", "bn").replace("bias", "moving_mean") for name in dead}
