@@ -6,8 +6,8 @@ Only the run of the example imports TensorFlow.
 import ast
 import contextlib
 import functools
-import itertools
 import io
+import itertools
 import pathlib
 import re
 import runpy

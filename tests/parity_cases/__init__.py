@@ -23,12 +23,14 @@ class Case(NamedTuple):
         name: of its files.
         settings: of the run.
         info: all that its json says.
+        arrays: all, under the keys of the file.
         inputs, initial, wanted: what is under `in/`, `init/` and `f64/`.
     """
 
     name: str
     settings: dict
     info: dict
+    arrays: dict[str, np.ndarray]
     inputs: dict[str, np.ndarray]
     initial: dict[str, np.ndarray]
     wanted: dict[str, np.ndarray]
@@ -42,7 +44,13 @@ class Case(NamedTuple):
         def under(prefix: str) -> dict[str, np.ndarray]:
             return {name.removeprefix(prefix): a for name, a in arrays.items() if name.startswith(prefix)}
 
-        return cls(path.stem, info.get("settings") or {}, info, under("in/"), under("init/"), under("f64/"))
+        return cls(
+            path.stem, info.get("settings") or {}, info, arrays, under("in/"), under("init/"), under("f64/")
+        )
+
+    def group(self, prefix: str) -> dict[str, np.ndarray]:
+        """The arrays whose key begins with the prefix, under the rest of their keys."""
+        return {key.removeprefix(prefix): a for key, a in self.arrays.items() if key.startswith(prefix)}
 
     def under(self, prefix: str) -> dict[str, np.ndarray]:
         """{name: what is wanted under prefix/name}, without dead biases and their learned rates."""
@@ -66,6 +74,13 @@ class Errors(dict):
         error = float(np.abs(found - wanted).max(initial=0) / (np.abs(wanted).max(initial=0) or 1.0))
         worst = self.get(quantity, 0.0)
         self[quantity] = worst if error <= worst else error
+
+
+def relative(found: np.ndarray, reference: np.ndarray) -> float:
+    """The largest deviation, relative to the reference's largest entry; absolute where that is zero."""
+    errors = Errors()
+    errors.add("", found, reference)
+    return errors[""]
 
 
 def registry() -> dict[str, Callable[[Case], dict[str, float]]]:

@@ -108,9 +108,7 @@ def compare_outer(outer: OuterLoop, names: list[str], case: Case, errors: Errors
         compare_weights(outer.algorithm, names, case, errors, label)
 
 
-def compare_weights(
-    algorithm: Algorithm, names: list[str], case: Case, errors: Errors, label: str
-) -> None:
+def compare_weights(algorithm: Algorithm, names: list[str], case: Case, errors: Errors, label: str) -> None:
     """The meta-parameters after some updates."""
     wanted = case.under(label)
     for name, variable in zip(names, algorithm.variables, strict=True):
