@@ -49,12 +49,13 @@ def protocol(settings: "Settings") -> dict[str, object]:
         "shot": settings.update_batch_size,
         "query_per_class": settings.test_num_query,
         "train_query_per_class": settings.num_query,
-        "inner_steps": settings.test_num_updates,
-        "train_inner_steps": settings.num_updates,
+        "inner_steps": settings.tested_steps,
+        "train_inner_steps": settings.trained_steps,
         "inner_lr": settings.update_lr,
         "order": 1 if settings.stop_grad else 2,
-        "transductive": settings.norm == "batch_norm" and settings.transductive,
+        "transductive": settings.is_transductive,
         "baseline": settings.baseline,
+        **({"learner": settings.learner, **settings.own} if settings.learner != DEFAULT_LEARNER else {}),
     } | of_learner
 
 

@@ -69,7 +69,7 @@ def train(
             test_spec(settings),
             "val",
             tasks=VALIDATION_TASKS,
-            steps=settings.test_num_updates,
+            steps=settings.tested_steps,
             transductive=settings.transductive,
         )
         watcher.validated(result)
@@ -151,10 +151,10 @@ def _can_validate(data: EpisodeSource, settings: Settings) -> bool:
 
 
 def _validation_line(settings: Settings, result: TestResult, iteration: int) -> str:
-    steps = settings.test_num_updates
+    steps = settings.tested_steps
     means = result.query[result.measure].mean(axis=0)
     unit = (lambda v: f"{100 * v:.1f} %") if result.measure == "accuracy" else (lambda v: f"{v:.3f}")
-    marks = sorted({0, min(settings.num_updates, steps), steps})
+    marks = sorted({0, min(settings.trained_steps, steps), steps})
     shown = ", ".join(f"{unit(means[j])} after {j}" for j in marks)
     return (
         f"iteration {iteration}: validation {result.measure} {shown} steps ({VALIDATION_TASKS} tasks); saved"
