@@ -116,7 +116,11 @@ LEARNERS: Mapping[str, Learner] = {
     "fomaml": Learner("maml.learners.fomaml:Fomaml", "first-order MAML (Finn et al. 2017)"),
     "anil": Learner("maml.learners.anil:Anil", "MAML of the head alone (Raghu et al. 2020)"),
     "boil": Learner("maml.learners.anil:Boil", "MAML of all but the head (Oh et al. 2021)"),
-    "meta_sgd": Learner("maml.learners.meta_sgd:MetaSgd", "MAML with learned step sizes (Li et al. 2017)"),
+    "meta_sgd": Learner(
+        "maml.learners.meta_sgd:MetaSgd",
+        "MAML with learned step sizes (Li et al. 2017)",
+        paper=lambda datasource, way, shot: dict(num_updates=1, test_num_updates=1),
+    ),
     "prototypical": Learner(
         "maml.learners.prototypical:Prototypical",
         "prototypes (Snell et al. 2017)",

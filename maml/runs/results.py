@@ -117,6 +117,27 @@ def hardware(device: str) -> str:
     return f"{platform.machine()}, {os.cpu_count()} cores; {device}"
 
 
+def write_cost(run_dir: pathlib.Path, seconds_per_iteration: float) -> None:
+    """Keeps what training costs: the time of an iteration, and the peak memory of this process in bytes."""
+    cost = {"seconds_per_iteration": seconds_per_iteration, "peak_memory": peak_memory()}
+    write_whole(run_dir / "cost.json", json.dumps(cost))
+
+
+def read_cost(run_dir: pathlib.Path) -> dict[str, float]:
+    """What `write_cost` kept; empty for a run from before it was kept."""
+    path = run_dir / "cost.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def peak_memory() -> int | None:
+    """The most memory that this process has held, in bytes; None where the system does not tell."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
 def read(run_dir: pathlib.Path) -> list[dict]:
     """The results of a run folder, oldest first; none if nothing was tested yet."""
     path = run_dir / "results.json"

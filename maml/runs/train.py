@@ -12,6 +12,7 @@ from maml.runs.build import test_spec, train_spec
 from maml.runs.diagnosis import not_finite
 from maml.runs.files import tag, validations
 from maml.runs.folder import Run
+from maml.runs.results import write_cost
 from maml.settings.settings import Settings
 from maml.training.evaluate import TestResult, measure_tasks
 from maml.training.loop import Phase, Update, Waiting, stream, updates
@@ -120,6 +121,10 @@ def train(
     )
     if not settings.iterations:
         run.save()  # weights of another run, to be tested as they are
+    each = progress.seconds_per_iteration()
+    if run.chief and each is not None:
+        with run.writing("write cost.json"):
+            write_cost(run.dir, each)
     if iteration > first_iteration:
         print(f"training waited for data {blocks.seconds / progress.seconds():.2%} of the time", flush=True)
 
