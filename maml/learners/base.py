@@ -13,7 +13,7 @@ import keras
 import tensorflow as tf
 
 from maml.episodes import Episode
-from maml.learners.losses import LossFunction
+from maml.learners.losses import LossFunction, cross_entropy, mean_squared_error
 from maml.networks.stateless import Stateless, Weights, gradients, takes_integers
 from maml.settings.settings import Settings
 
@@ -59,6 +59,7 @@ class Algorithm:
         variables: the meta-parameters θ, in the order in which θ is given: `network.trainable_variables`,
             then those the algorithm adds (`extra_variables`).
         state_variables: values that training changes without a gradient, as moving averages.
+        backbone: whether the network ends with an embedding, without a head of N outputs.
         sequential: whether the tasks of a meta-batch are computed one after the other, each with the
             `state_variables` that the one before it left; else each with those of before the meta-batch, and
             means over the tasks are kept.
@@ -67,6 +68,7 @@ class Algorithm:
     """
 
     flags: ClassVar[Sequence] = ()
+    backbone: ClassVar[bool] = False
     sequential: ClassVar[bool] = False
     result = TaskGradient
 
@@ -112,13 +114,13 @@ class Algorithm:
         return dict(settings.own)
 
     @classmethod
-    def meta_optimizer(cls, settings: Settings) -> keras.optimizers.Optimizer | None:
-        """The outer optimizer where the paper's is no Adam of rate β; None: the program's."""
-        return None
+    def loss_function(cls, settings: Settings) -> LossFunction:
+        """The loss of a task: the original's two."""
+        return cross_entropy(settings.update_batch_size) if settings.classification else mean_squared_error
 
     @classmethod
-    def loss_function(cls, settings: Settings) -> LossFunction | None:
-        """The loss where the original's is not the program's (summed over N·K examples, divided by K)."""
+    def meta_optimizer(cls, settings: Settings) -> keras.optimizers.Optimizer | None:
+        """The outer optimizer where the paper's is no Adam of rate β; None: the program's."""
         return None
 
     @classmethod

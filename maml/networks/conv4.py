@@ -18,6 +18,7 @@ def conv4(
     pool_padding: str = "valid",
     negative_slope: float = 0.0,
     flatten: bool = False,
+    last_filters: int | None = None,
     dtype: str = "float32",
 ) -> keras.Sequential:
     """Four 3×3 convolutions, each with norm and ReLU, and a linear head.
@@ -26,6 +27,7 @@ def conv4(
         input_shape: (H, W, C) of an image.
         way: N, the logits; None: no head, the output is the embedding that the head would see.
         filters: channels of every convolution.
+        last_filters: channels of the last one, where they are others.
         norm: "batch_norm", "moving_batch_norm", "layer_norm" or "None"; or a function of
             (dtype, name) that makes a layer.
         norm_options: keyword arguments of the norm, as {"epsilon": 1e-3}.
@@ -39,8 +41,9 @@ def conv4(
     layers: list[keras.layers.Layer] = [keras.layers.Input(input_shape, dtype=_exact(dtype))]
     for i in range(4):
         stride = 1 if max_pool else 2
+        channels = (last_filters or filters) if i == 3 else filters
         layers.append(
-            keras.layers.Conv2D(filters, 3, strides=stride, padding="same", dtype=dtype, name=f"conv{i + 1}")
+            keras.layers.Conv2D(channels, 3, strides=stride, padding="same", dtype=dtype, name=f"conv{i + 1}")
         )
         layers += _norm(norm, dtype, f"norm{i}", **(norm_options or {}))
         if max_pool:

@@ -49,8 +49,8 @@ class Stateless:
     ) -> tuple[tf.Tensor, Weights]:
         """Outputs [n, outputs] by the statistics of x [n, …], and the non-trainable values thereafter.
 
-        With `noise`, see `outputs`, the layers are in training: moving statistics take a step. They start from
-        `state`, or from the network's values.
+        With `noise`, see `outputs`, the layers are in training: moving statistics take a step. They start
+        from `state`, or from the network's values.
         """
         variables = self.network.non_trainable_variables
         state = [variable.value for variable in variables] if state is None else state

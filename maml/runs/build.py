@@ -7,7 +7,6 @@ from maml.datasets.table import DATASOURCES
 from maml.episodes import EpisodeSpec
 from maml.learners.base import Algorithm
 from maml.learners.joint import Joint
-from maml.learners.losses import cross_entropy, mean_squared_error
 from maml.networks import conv4, mlp
 from maml.settings.settings import Settings
 from maml.tables import LEARNERS, load
@@ -25,18 +24,22 @@ def build_network(settings: Settings, input_shape: tuple[int, ...], dtype: str =
         input_shape: of one example: (1,) or (3,) for the sinusoid, (H, W, C) for images.
         dtype: "float32", or "float64" to compare with exact results.
     """
+    backbone = load(LEARNERS[settings.learner].home).backbone
+    outputs = None if backbone else settings.num_classes
+    # A metric learner's network is tested by moving statistics, which the paper's batch norm does not have.
+    norm = "moving_batch_norm" if backbone and settings.norm == "batch_norm" else settings.norm
     if settings.mixed_precision and dtype == "float32":
         dtype = "mixed_bfloat16"
     if not settings.classification:
         return mlp.mlp(input_shape, 1, hidden=mlp.MLP_SINUSOID, norm=settings.norm, dtype=dtype)
     if not settings.conv:
         hidden = mlp.MLP_IMAGES
-        return mlp.mlp(input_shape, settings.num_classes, hidden=hidden, norm=settings.norm, dtype=dtype)
+        return mlp.mlp(input_shape, outputs, hidden=hidden, norm=norm, dtype=dtype)
     return conv4.conv4(
         input_shape,
-        settings.num_classes,
+        outputs,
         filters=settings.num_filters,
-        norm=settings.norm,
+        norm=norm,
         max_pool=settings.max_pool,
         flatten=DATASOURCES[settings.datasource].flatten,
         dtype=dtype,
@@ -51,21 +54,14 @@ def build_training(
     With a strategy, this and `build_network` are called in its scope.
     """
     source = DATASOURCES[settings.datasource]
-    loss = cross_entropy(settings.update_batch_size) if settings.classification else mean_squared_error
     common = dict(
         classification=settings.classification,
         scale=source.scale,
         tasks_at_once=settings.tasks_per_chunk or 10,
     )
     kind = load(LEARNERS[settings.learner].home)
-    algorithm = kind(
-        network,
-        loss,
-        inner_steps=settings.num_updates,
-        clip=source.clip,
-        **common,
-        **kind.arguments(settings),
-    )
+    options = dict(inner_steps=settings.num_updates, clip=source.clip) | kind.arguments(settings)
+    algorithm = kind(network, kind.loss_function(settings), **common, **options)
     tasks = TaskMap.choose(
         network,
         None,
@@ -82,14 +78,16 @@ def build_training(
 
     phases = [phase(METATRAIN, algorithm, settings.iterations)]
     if settings.pretrain_iterations:
-        joint = Joint(network, loss, **common)
+        joint = Joint(network, Joint.loss_function(settings), **common)
         phases.insert(0, phase(PRETRAIN, joint, settings.pretrain_iterations))
     return phases
 
 
 def train_spec(settings: Settings) -> EpisodeSpec:
-    """The episodes of meta-training."""
-    return EpisodeSpec(settings.num_classes, settings.update_batch_size, settings.num_query, settings.seed)
+    """The episodes of meta-training, of which a learner may have ways and shots of its own."""
+    way = settings.own.get("train_num_classes") or settings.num_classes
+    shot = settings.own.get("train_shots") or settings.update_batch_size
+    return EpisodeSpec(way, shot, settings.num_query, settings.seed)
 
 
 def test_spec(settings: Settings) -> EpisodeSpec:
