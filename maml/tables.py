@@ -59,6 +59,7 @@ LEARNERS: Mapping[str, Learner] = {
     "anil": Learner("maml.learners.anil:Anil", "MAML of the head alone (Raghu et al. 2020)"),
     "boil": Learner("maml.learners.anil:Boil", "MAML of all but the head (Oh et al. 2021)"),
     "meta_sgd": Learner("maml.learners.meta_sgd:MetaSgd", "MAML with learned step sizes (Li et al. 2017)"),
+    "reptile": Learner("maml.learners.reptile:Reptile", "Reptile and FOML (Nichol et al. 2018)"),
     "prototypical": Learner("maml.learners.prototypical:Prototypical", "prototypes (Snell et al. 2017)"),
 }
 

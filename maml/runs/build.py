@@ -24,7 +24,8 @@ def build_network(settings: Settings, input_shape: tuple[int, ...], dtype: str =
         input_shape: of one example: (1,) or (3,) for the sinusoid, (H, W, C) for images.
         dtype: "float32", or "float64" to compare with exact results.
     """
-    backbone = load(LEARNERS[settings.learner].home).backbone
+    kind = load(LEARNERS[settings.learner].home)
+    backbone = kind.backbone
     outputs = None if backbone else settings.num_classes
     # A metric learner's network is tested by moving statistics, which the paper's batch norm does not have.
     norm = "moving_batch_norm" if backbone and settings.norm == "batch_norm" else settings.norm
@@ -35,15 +36,13 @@ def build_network(settings: Settings, input_shape: tuple[int, ...], dtype: str =
     if not settings.conv:
         hidden = mlp.MLP_IMAGES
         return mlp.mlp(input_shape, outputs, hidden=hidden, norm=norm, dtype=dtype)
-    return conv4.conv4(
-        input_shape,
-        outputs,
+    options = dict(
         filters=settings.num_filters,
         norm=norm,
         max_pool=settings.max_pool,
         flatten=DATASOURCES[settings.datasource].flatten,
-        dtype=dtype,
     )
+    return conv4.conv4(input_shape, outputs, dtype=dtype, **options | kind.network_options(settings))
 
 
 def build_training(
