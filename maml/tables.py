@@ -121,6 +121,7 @@ LEARNERS: Mapping[str, Learner] = {
         "MAML with learned step sizes (Li et al. 2017)",
         paper=lambda datasource, way, shot: dict(num_updates=1, test_num_updates=1),
     ),
+    "reptile": Learner("maml.learners.reptile:Reptile", "Reptile and FOML (Nichol et al. 2018)"),
     "prototypical": Learner(
         "maml.learners.prototypical:Prototypical",
         "prototypes (Snell et al. 2017)",
