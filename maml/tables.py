@@ -56,10 +56,13 @@ class Dataset(NamedTuple):
 LEARNERS: Mapping[str, Learner] = {
     "maml": Learner("maml.learners.maml:Maml", "second-order MAML (Finn et al. 2017)"),
     "prototypical": Learner("maml.learners.prototypical:Prototypical", "prototypes (Snell et al. 2017)"),
+    "matching": Learner("maml.learners.matching:Matching", "attention (Vinyals et al. 2016)"),
+    "relation": Learner("maml.learners.relation:Relation", "a learned comparison (Sung et al. 2018)"),
 }
 
 NETWORKS: Mapping[str, Network] = {
     "conv4": Network("maml.networks.conv4:conv4", "four convolutions (Vinyals et al. 2016)"),
+    "conv4_map": Network("maml.networks.conv4_map:conv4_map", "to a map, for --learner=relation"),
     "mlp": Network("maml.networks.mlp:mlp", "fully connected"),
 }
 

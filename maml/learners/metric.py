@@ -267,6 +267,13 @@ def cosine_distance(epsilon: float) -> Distance:
     return distance
 
 
+def clipped_to_norm(gradient: Weights, bound: float) -> Weights:
+    """The gradient, scaled by min(1, bound/(norm + 1e-6)) as in PyTorch."""
+    norm = tf.norm(tf.stack([tf.norm(g) for g in gradient]))
+    factor = tf.minimum(tf.ones_like(norm), bound / (norm + 1e-6))
+    return [g * factor for g in gradient]
+
+
 def flat(embeddings: Sequence[tf.Tensor] | tf.Tensor) -> tf.Tensor:
     """Embeddings [n, …] as rows [n, d]."""
     return tf.reshape(embeddings, (tf.shape(embeddings)[0], -1))

@@ -8,8 +8,13 @@ import tensorflow as tf
 
 from maml.episodes import Episode
 from maml.learners.base import Algorithm
+from maml.learners.matching import Matching
+from maml.learners.metric import Embedded
 from maml.learners.prototypical import Prototypical
+from maml.learners.relation import Relation
 from maml.networks.conv4 import conv4
+from maml.networks.conv4_map import conv4_map
+from maml.networks.lstm import LstmWeights
 from maml.training.adam import TorchAdam
 from maml.training.outer_loop import OuterLoop
 from maml.training.task_map import TaskMap
@@ -60,7 +65,9 @@ def names_of(network: keras.Model) -> Variables:
     found = {}
     for layer in network.layers:
         for variable in layer.variables:
-            home = f"bn{int(layer.name[-1]) + 1}" if layer.name.startswith("norm") else layer.name
+            home = layer.name
+            if "norm" in home:
+                home = f"{home.replace('norm', 'bn')[:-1]}{int(home[-1]) + 1}"
             found[f"{home}/{variable.name.replace('moving_variance', 'moving_var')}"] = variable
     return found
 
@@ -140,14 +147,6 @@ def batched(episode: Episode) -> Episode:
     return tf.nest.map_structure(lambda x: tf.constant(x[np.newaxis]), episode)
 
 
-def forward(algorithm: Algorithm, episode: Episode) -> tuple[tf.Tensor, dict, list, tf.Tensor]:
-    """Embeddings of support and queries in training, measures, moved statistics, and the outputs."""
-    theta = algorithm.weights()
-    (support, query), _ = algorithm.embedded_in_training(theta, episode.support_x, episode.query_x)
-    _, measures, _ = algorithm.episode_loss(theta, episode)
-    return support, query, measures
-
-
 def compared(found: Mapping[str, object], case: Case, group: str) -> Errors:
     """Errors of named outputs against a group, all of which must be found."""
     expected = case.group(group)
@@ -200,4 +199,126 @@ def protonet(case: Case) -> Errors:
     return errors | at_test("f64/eval3/")
 
 
-CASES: Mapping[str, Callable[[Case], Errors]] = {"protonet": protonet}
+# --- Matching networks --------------------------------------------------------------------------------
+
+
+def matching(case: Case) -> Errors:
+    """oscarknagg's code; its context as it is, or easyfsl's, which is the paper's."""
+    context = case.settings["full_context"].split(":")[0]
+    options = dict(
+        full_context={"none": "off", "oscarknagg": "code", "paper": "paper"}[context],
+        attention_steps=case.settings["attention_steps"],
+        train_num_classes=case.settings["way"],
+    )
+    network = encoder(case)
+    algorithm = Matching(network, max_norm=case.settings["clip_global_norm"], **options)
+    variables, episode = names_of(network), episode_of(case)
+    names = [f"{lstm}/{part}" for lstm in ("g_fw", "g_bw", "f") for part in LstmWeights._fields]
+    variables |= dict(zip(names, algorithm.extra_variables, strict=False))
+    assign(variables, case.group("w/"))
+    errors = _matching_outputs(case, algorithm, episode)
+    for group, distance in (("f64/l2/", "euclidean"), ("f64/easyfsl/", "one_sided_cosine")):
+        if case.group(group):
+            other = Matching(network, distance=distance, **options)
+            for variable, value in zip(other.extra_variables, algorithm.extra_variables, strict=True):
+                variable.assign(value)
+            errors |= _matching_outputs(case, other, episode, group)
+
+    def at_test(group: str) -> Errors:
+        result = algorithm.evaluate(batched(episode), tf.constant(0))
+        found = {name: result.query[name][0, 0] for name in ("loss", "accuracy")}
+        return compared(found | {"probabilities": tf.exp(result.predictions[0, 0])}, case, group)
+
+    errors |= at_test("f64/eval0/")
+    errors |= gradient_errors(case, algorithm, variables, raw_gradient(algorithm, episode))
+    errors |= trained(case, algorithm, TorchAdam(1e-3), variables, episode)
+    assign(variables, case.group("f64/step3/"))
+    return errors | at_test("f64/eval3/")
+
+
+def _matching_outputs(case: Case, algorithm: Matching, episode: Episode, group: str = "f64/out/") -> Errors:
+    theta = algorithm.weights()
+    (support, query), _ = algorithm.embedded_in_training(theta, episode.support_x, episode.query_x)
+    state = Embedded(
+        theta, algorithm.summarized(support, episode.support_y, case.settings["way"]), episode.support_y
+    )
+    log_p = algorithm.compared(state, query)
+    g, f = support, query
+    if algorithm.full_context != "off":
+        g, f = algorithm.in_context(theta, support, query)
+    _, measures, _ = algorithm.episode_loss(theta, episode)
+    gradient = raw_gradient(algorithm, episode)
+    found = {
+        "embedding": np.concatenate([support, query]),
+        "distances": algorithm.distance(f, g),
+        "probabilities": tf.exp(log_p),
+        "log_probabilities": log_p,
+        "loss": measures["query_loss"],
+        "accuracy": measures["query_accuracy"],
+        "context_support": g,
+        "context_query": f,
+        "grad_norm": np.sqrt(sum(np.sum(np.square(part)) for part in gradient)),
+    }
+    return compared({name: found[name] for name in case.group(group)}, case, group)
+
+
+# --- Relation networks --------------------------------------------------------------------------------
+
+MEAN, DEVIATION = 0.92206, 0.08426  # by which the authors normalize both data sets
+
+
+def normalized(x: np.ndarray) -> np.ndarray:
+    """Images as the authors normalize them; the paper of a drawing is white."""
+    return ((1 - x if x.shape[-1] == 1 else x) - MEAN) / DEVIATION
+
+
+def relation(case: Case) -> Errors:
+    """Sung et al.'s scripts."""
+    shape = case.arrays["in/support_x"].shape[1:]
+    drawings = shape[-1] == 1
+    filters = case.arrays["w/conv1/kernel"].shape[-1]
+    network = conv4_map(shape, filters=filters, dtype="float64")
+    bounds = case.settings["clip_global_norm"]
+    assert bounds["encoder"] == bounds["relation"], bounds
+    algorithm = Relation(
+        network,
+        relation_units=case.settings["relation_dim"],
+        relation_padding="same" if drawings else "valid",
+        max_norm=bounds["encoder"],
+        train_num_classes=case.settings["way"],
+    )
+    variables, episode = names_of(network) | names_of(algorithm.module), episode_of(case)
+    episode = episode._replace(support_x=normalized(episode.support_x), query_x=normalized(episode.query_x))
+    assign(variables, case.group("w/"))
+    weights = algorithm.weights()[: len(network.trainable_variables)]
+    _, measures, _ = algorithm.episode_loss(algorithm.weights(), episode)
+    # The authors never leave training: what it computes is the test by batch statistics too.
+    result = algorithm.evaluate(batched(episode), tf.constant(0))
+    gradient = raw_gradient(algorithm, episode)
+
+    def norm(parts: list) -> float:
+        return np.sqrt(sum(np.sum(np.square(part)) for part in parts))
+
+    errors = compared(
+        {
+            "support_map": algorithm.stateless.outputs(weights, episode.support_x),
+            "query_map": algorithm.stateless.outputs(weights, episode.query_x),
+            "relations": result.predictions[0, 0],
+            "loss": measures["query_loss"],
+            "accuracy": measures["query_accuracy"],
+            "grad_norm_encoder": norm(gradient[: len(weights)]),
+            "grad_norm_relation": norm(gradient[len(weights) :]),
+        },
+        case,
+        "f64/out/",
+    )
+    errors["test loss"] = relative(result.query["loss"][0, 0], case.arrays["f64/out/loss"])
+    errors |= gradient_errors(case, algorithm, variables, gradient)
+    return errors | trained(case, algorithm, TorchAdam(1e-3), variables, episode)
+
+
+CASES: Mapping[str, Callable[[Case], Errors]] = {
+    "protonet": protonet,
+    "matching": matching,
+    "relation": relation,
+}
