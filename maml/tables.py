@@ -58,11 +58,13 @@ LEARNERS: Mapping[str, Learner] = {
     "prototypical": Learner("maml.learners.prototypical:Prototypical", "prototypes (Snell et al. 2017)"),
     "matching": Learner("maml.learners.matching:Matching", "attention (Vinyals et al. 2016)"),
     "relation": Learner("maml.learners.relation:Relation", "a learned comparison (Sung et al. 2018)"),
+    "siamese": Learner("maml.learners.siamese:Siamese", "pairs (Koch et al. 2015)"),
 }
 
 NETWORKS: Mapping[str, Network] = {
     "conv4": Network("maml.networks.conv4:conv4", "four convolutions (Vinyals et al. 2016)"),
     "conv4_map": Network("maml.networks.conv4_map:conv4_map", "to a map, for --learner=relation"),
+    "koch": Network("maml.networks.koch:koch", "of 105×105, for --learner=siamese (Koch et al. 2015)"),
     "mlp": Network("maml.networks.mlp:mlp", "fully connected"),
 }
 

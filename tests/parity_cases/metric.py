@@ -12,10 +12,13 @@ from maml.learners.matching import Matching
 from maml.learners.metric import Embedded
 from maml.learners.prototypical import Prototypical
 from maml.learners.relation import Relation
+from maml.learners.siamese import Siamese
 from maml.networks.conv4 import conv4
 from maml.networks.conv4_map import conv4_map
+from maml.networks.koch import koch
 from maml.networks.lstm import LstmWeights
 from maml.training.adam import TorchAdam
+from maml.training.layerwise import LayerwiseSGD
 from maml.training.outer_loop import OuterLoop
 from maml.training.task_map import TaskMap
 from tests.parity_cases import Case, relative
@@ -317,7 +320,59 @@ def relation(case: Case) -> Errors:
     return errors | trained(case, algorithm, TorchAdam(1e-3), variables, episode)
 
 
+# --- Siamese networks ---------------------------------------------------------------------------------
+
+
+def siamese(case: Case) -> Errors:
+    """fangpin's code, on pairs given one by one; the paper's optimizer; a one-shot trial."""
+    arrays = case.arrays
+    white = {name: 1 - arrays[f"in/{name}"].astype(np.float64) for name in ("pair_a", "pair_b")}
+    trial = {name: 1 - arrays[f"in/oneshot_{name}"].astype(np.float64) for name in ("support", "query")}
+    count, way = len(white["pair_a"]), case.settings["oneshot_way"]
+    network = koch(
+        white["pair_a"].shape[1:],
+        filters=case.settings["filters"],
+        units=case.settings["dense"],
+        dtype="float64",
+    )
+    algorithm = Siamese(network, pairs="aligned")
+    variables = names_of(network)
+    variables |= dict(zip(("out/kernel", "out/bias"), algorithm.extra_variables, strict=True))
+    assign(variables, case.group("w/"))
+    # A pair is of one class where the labels agree.
+    labels = np.arange(count, dtype=np.int32)
+    same = arrays["in/pair_y"].astype(bool)
+    episode = Episode(white["pair_a"], labels, white["pair_b"], np.where(same, labels, -1).astype(np.int32))
+    theta = algorithm.weights()
+    (one, other), _ = algorithm.embedded_in_training(theta, episode.support_x, episode.query_x)
+    logits = algorithm.logits(theta, one, other)
+    _, measures, _ = algorithm.episode_loss(theta, episode)
+    oneshot = Episode(trial["support"], np.arange(way, dtype=np.int32), trial["query"], np.zeros(1, np.int32))
+    scores = algorithm.evaluate(batched(oneshot), tf.constant(0)).predictions[0, 0, 0]
+    errors = compared(
+        {
+            "logits": logits,
+            "probabilities": tf.sigmoid(logits),
+            "loss": measures["query_loss"],
+            "pair_accuracy": measures["query_accuracy"],
+            "embedding_a": one,
+            "embedding_b": other,
+            "oneshot_logits": scores,
+            "oneshot_prediction": tf.argmax(scores),
+        },
+        case,
+        "f64/out/",
+    )
+    errors |= gradient_errors(case, algorithm, variables, raw_gradient(algorithm, episode))
+    errors |= trained(case, algorithm, TorchAdam(6e-5), variables, episode)
+    assign(variables, case.group("w/"))
+    rules = LayerwiseSGD(case.settings["koch"]["(rate, momentum, l2)"])
+    where = dict(step="f64/koch_step{}/", losses="f64/koch_traj/loss")
+    return errors | trained(case, algorithm, rules, variables, episode, **where)
+
+
 CASES: Mapping[str, Callable[[Case], Errors]] = {
+    "siamese": siamese,
     "protonet": protonet,
     "matching": matching,
     "relation": relation,
