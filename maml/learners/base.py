@@ -123,11 +123,20 @@ class Algorithm:
         """The outer optimizer where the paper's is no Adam of rate β; None: the program's."""
         return None
 
+    @classmethod
+    def network_options(cls, settings: Settings) -> dict[str, object]:
+        """Keyword arguments of the network, beside those that the settings come to, as of `conv4`."""
+        return {}
+
     # --- What an algorithm is ---------------------------------------------------------------------
 
     def begin(self, theta: Weights, x: tf.Tensor, y: tf.Tensor) -> State:
         """The state of a task before its first step, from its support set x [n, …], y [n, …]."""
         return theta
+
+    def begin_task(self, theta: Weights, episode: Episode) -> State:
+        """The same, for algorithms that see the inputs of the query set beforehand."""
+        return self.begin(theta, episode.support_x, episode.support_y)
 
     def step(
         self, state: State, x: tf.Tensor, y: tf.Tensor, noise: int | None = None
@@ -259,7 +268,7 @@ class Algorithm:
                 records = tf.nest.map_structure(lambda a, now: a.write(number, now), records, look(state))
                 return number + 1, state, records
 
-            begun = self.begin(theta, support_x, support_y)
+            begun = self.begin_task(theta, Episode(support_x, support_y, query_x, query_y))
             records = tf.nest.map_structure(
                 lambda now: tf.TensorArray(now.dtype, size=steps + 1, element_shape=now.shape).write(0, now),
                 look(begun),

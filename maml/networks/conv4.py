@@ -1,4 +1,6 @@
-"""TODO networks.conv4."""
+"""Four convolutions: the paper's network of images, and the forms of it that other papers' programs have."""
+
+from collections.abc import Callable, Mapping
 
 import keras
 
@@ -10,8 +12,11 @@ def conv4(
     way: int | None,
     *,
     filters: int = 64,
-    norm: str = "batch_norm",
+    norm: str | Callable[..., keras.layers.Layer] = "batch_norm",
+    norm_options: Mapping[str, object] | None = None,
     max_pool: bool = False,
+    pool_padding: str = "valid",
+    negative_slope: float = 0.0,
     flatten: bool = False,
     last_filters: int | None = None,
     dtype: str = "float32",
@@ -23,8 +28,12 @@ def conv4(
         way: N, the logits; None: no head, the output is the embedding that the head would see.
         filters: channels of every convolution.
         last_filters: channels of the last one, where they are others.
-        norm: "batch_norm", "moving_batch_norm", "layer_norm" or "None".
-        max_pool: stride 1 and 2×2 VALID pooling after the ReLU, instead of stride 2.
+        norm: "batch_norm", "moving_batch_norm", "layer_norm" or "None"; or a function of
+            (dtype, name) that makes a layer.
+        norm_options: keyword arguments of the norm, as {"epsilon": 1e-3}.
+        max_pool: stride 1 and 2×2 pooling after the ReLU, instead of stride 2.
+        pool_padding: "valid", or "same" as in Reptile's mini-ImageNet network, whose head sees 6×6 pixels.
+        negative_slope: of the ReLU; 0.01 is PyTorch's leaky ReLU, which MAML++ has.
         flatten: the head sees the flattened map, with Glorot initialisation (mini-ImageNet), instead
             of its spatial mean, with N(0, 1) (Omniglot).
         dtype: of weights and computation; "mixed_bfloat16": see `_exact`.
@@ -36,11 +45,11 @@ def conv4(
         layers.append(
             keras.layers.Conv2D(channels, 3, strides=stride, padding="same", dtype=dtype, name=f"conv{i + 1}")
         )
-        layers += _norm(norm, dtype, f"norm{i}")
+        layers += _norm(norm, dtype, f"norm{i}", **(norm_options or {}))
         if max_pool:
             # Before the ReLU, unlike in the paper: the same result, from a quarter of the work.
-            layers.append(MaxPool(dtype=dtype))
-        layers.append(keras.layers.ReLU(dtype=dtype))
+            layers.append(MaxPool(pool_padding, dtype=dtype))
+        layers.append(keras.layers.ReLU(negative_slope=negative_slope, dtype=dtype))
     pooling = keras.layers.Flatten if flatten else keras.layers.GlobalAveragePooling2D
     layers.append(pooling(dtype=_exact(dtype)))
     if way is None:

@@ -7,7 +7,7 @@ their weights are meta-learned but not adapted in the inner loop.
 import contextlib
 import contextvars
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import keras
 import tensorflow as tf
@@ -192,17 +192,36 @@ class LayerNormalization(keras.layers.LayerNormalization):
 
 @keras.saving.register_keras_serializable("maml")
 class MaxPool(keras.layers.Layer):
-    """2×2 max-pooling without overlap or padding, as Keras' MaxPooling2D(2), made to be differentiated twice.
+    """2×2 max-pooling without overlap, as Keras' MaxPooling2D(2), made to be differentiated twice.
 
     The gradient of TensorFlow's own gradient, MaxPoolGradGrad, is seven times slower on a CPU than
     summing what the mask of the maxima leaves over, and XLA has none.
     """
 
+    def __init__(self, padding: str = "valid", **kwargs):
+        """Takes Keras' arguments.
+
+        Args:
+            padding: "valid": the last row and column of an odd size are left out; "same": they are pooled
+                by themselves.
+            kwargs: see `keras.layers.Layer`.
+        """
+        super().__init__(**kwargs)
+        self.padding = padding
+
+    def get_config(self):
+        """The arguments."""
+        return super().get_config() | {"padding": self.padding}
+
     def compute_output_shape(self, input_shape):
         batch, height, width, channels = input_shape
-        return (batch, height // 2, width // 2, channels)
+        odd = int(self.padding == "same")
+        return (batch, (height + odd) // 2, (width + odd) // 2, channels)
 
     def call(self, x):
+        if self.padding == "same":
+            odd = [[0, size % 2] for size in x.shape[1:3]]
+            x = tf.pad(x, [[0, 0], *odd, [0, 0]], constant_values=x.dtype.min)
         window = dict(ksize=(1, 2, 2, 1), strides=(1, 2, 2, 1), padding="VALID")
 
         @tf.custom_gradient
@@ -222,14 +241,19 @@ class MaxPool(keras.layers.Layer):
         return pool(x)
 
 
-def _norm(kind: str, dtype: str, name: str) -> list[keras.layers.Layer]:
+def _norm(
+    kind: str | Callable[..., keras.layers.Layer], dtype: str, name: str, **options
+) -> list[keras.layers.Layer]:
+    """No layer or one of a kind in `conv4`'s words; or what a function of (dtype, name, …) makes."""
+    if callable(kind):
+        return [kind(dtype=_exact(dtype), name=name, **options)]
     layers = {
         "batch_norm": [BatchNorm],
         "moving_batch_norm": [MovingBatchNorm],
         "layer_norm": [LayerNorm],
         "None": [],
     }[kind]
-    return [layer(dtype=_exact(dtype), name=name) for layer in layers]
+    return [layer(dtype=_exact(dtype), name=name, **options) for layer in layers]
 
 
 def _exact(dtype: str) -> str:

@@ -44,12 +44,10 @@ def draw(
         splits: to draw, one row each.
         episodes: of each split.
     """
-    from maml.datasets import table
     from maml.runs import build
 
     specs = {split: (build.train_spec if split == "train" else build.test_spec)(settings) for split in splits}
-    scale = table.DATASOURCES[settings.datasource].scale
-    episode_grid(path, data, specs, episodes=episodes, scale=scale)
+    episode_grid(path, data, specs, episodes=episodes, scale=settings.dataset.scale)
 
 
 def write_first_episodes(run: "Run", data: "EpisodeSource", settings: Settings) -> None:

@@ -8,7 +8,6 @@ import numpy as np
 import tensorflow as tf
 from tensorboard.plugins.hparams import api
 
-from maml.datasets import table
 from maml.episodes import EpisodeSource
 from maml.learners.base import Algorithm
 from maml.reports import episode_pictures, sinusoid_fits
@@ -171,7 +170,7 @@ def _pictures(
         result.predictions[: len(indices), trained].argmax(axis=-1),
         spec,
         names=data.class_names(spec, "val", indices) if hasattr(data, "class_names") else None,
-        scale=table.DATASOURCES[settings.datasource].scale,
+        scale=settings.dataset.scale,
         title=f"validation, {iteration:,} iterations, after {trained} step{'s' * (trained > 1)}",
     )
     return {"curve": curve, "predictions": grid}
@@ -245,7 +244,7 @@ def write_session(
 
 def _flags_of(settings: Settings) -> dict[str, bool | int | float | str]:
     """Flags of the training that a protocol does not have."""
-    names = RUN_FLAGS + ("num_filters",) * (settings.classification and settings.conv)
+    names = RUN_FLAGS + ("num_filters",) * (settings.network == "conv4")
     return {name: getattr(settings, name) for name in names}
 
 

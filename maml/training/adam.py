@@ -67,8 +67,8 @@ class Constant(keras.optimizers.schedules.LearningRateSchedule):
 class TorchAdam(keras.optimizers.Adam):
     """Adam to the letter of PyTorch: η/(1 − β₁ᵗ) · m / (√v/√(1 − β₂ᵗ) + ε), its numbers in float64.
 
-    ε is added to the unbiased √v, in TensorFlow's form to the biased one: with the same ε the two differ most in
-    the first steps. Keras' form with ε·√(1 − β₂ᵗ) is the same.
+    ε is added to the unbiased √v, in TensorFlow's form to the biased one. With the same ε the two differ most
+    in the first steps; Keras' form with ε·√(1 − β₂ᵗ) is the same.
     """
 
     def __init__(
@@ -79,6 +79,7 @@ class TorchAdam(keras.optimizers.Adam):
         beta_2: float = 0.999,
         epsilon: float = 1e-8,
         weight_decay: float = 0.0,
+        name: str = "torch_adam",
     ):
         """Takes PyTorch's arguments.
 
@@ -88,10 +89,11 @@ class TorchAdam(keras.optimizers.Adam):
             epsilon: ε.
             weight_decay: λ; λ times the weight is added to its gradient. This is PyTorch's Adam, not its
                 AdamW and not Keras' argument of that name.
+            name: of the optimizer.
         """
         if isinstance(learning_rate, float):
             learning_rate = Constant(learning_rate)
-        super().__init__(learning_rate, beta_1=beta_1, beta_2=beta_2, epsilon=epsilon)
+        super().__init__(learning_rate, beta_1=beta_1, beta_2=beta_2, epsilon=epsilon, name=name)
         self.l2 = weight_decay
 
     def update_step(self, gradient, variable, learning_rate):

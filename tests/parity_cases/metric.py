@@ -88,7 +88,7 @@ def weight_errors(case: Case, variables: Variables, group: str) -> Errors:
     Biases before batch norm have no gradient but rounding: they, and the moving means that carry them, are
     judged by their absolute deviation.
     """
-    dead = set(case.side["dead_biases"])
+    dead = set(case.info["dead_biases"])
     carried = {name.replace("conv", "bn").replace("bias", "moving_mean") for name in dead}
     errors = {}
     for name, reference in case.group(group).items():
@@ -107,7 +107,7 @@ def gradient_errors(case: Case, algorithm: Algorithm, variables: Variables, grad
     errors = {}
     for name, reference in case.group("f64/grad/").items():
         found = by_id[id(variables[name])]
-        if name in case.side["dead_biases"]:
+        if name in case.info["dead_biases"]:
             errors[f"grad/{name} (dead)"] = float(np.abs(found - reference).max() / largest)
         else:
             errors[f"grad/{name}"] = relative(found, reference)
