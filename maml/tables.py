@@ -108,6 +108,10 @@ LEARNERS: Mapping[str, Learner] = {
     "boil": Learner("maml.learners.anil:Boil", "MAML of all but the head (Oh et al. 2021)"),
     "meta_sgd": Learner("maml.learners.meta_sgd:MetaSgd", "MAML with learned step sizes (Li et al. 2017)"),
     "prototypical": Learner("maml.learners.prototypical:Prototypical", "prototypes (Snell et al. 2017)"),
+    "semi_prototypical": Learner(
+        "maml.learners.semi_prototypical:SemiPrototypical",
+        "prototypes refined by unlabeled examples (Ren et al. 2018)",
+    ),
     "matching": Learner("maml.learners.matching:Matching", "attention (Vinyals et al. 2016)"),
     "relation": Learner("maml.learners.relation:Relation", "a learned comparison (Sung et al. 2018)"),
     "siamese": Learner("maml.learners.siamese:Siamese", "pairs (Koch et al. 2015)"),

@@ -1,17 +1,18 @@
 """The metric learners against their originals, in float64: outputs, gradients, steps, test mode."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import keras
 import numpy as np
 import tensorflow as tf
 
-from maml.episodes import Episode
+from maml.episodes import Episode, SemiSupervisedEpisode
 from maml.learners.base import Algorithm
 from maml.learners.matching import Matching
 from maml.learners.metric import Embedded
 from maml.learners.prototypical import Prototypical
 from maml.learners.relation import Relation
+from maml.learners.semi_prototypical import SemiPrototypical
 from maml.learners.siamese import Siamese
 from maml.networks.conv4 import conv4
 from maml.networks.conv4_map import conv4_map
@@ -100,19 +101,21 @@ def weight_errors(case: Case, variables: Variables, group: str) -> Errors:
     return errors
 
 
-def gradient_errors(case: Case, algorithm: Algorithm, variables: Variables, gradient: list) -> Errors:
+def gradient_errors(
+    case: Case, algorithm: Algorithm, variables: Variables, gradient: list, group: str = "f64/grad/"
+) -> Errors:
     """Errors of the raw gradient; dead biases against the largest entry of all."""
-    largest = max(np.abs(a).max(initial=0) for a in case.group("f64/grad/").values())
+    largest = max(np.abs(a).max(initial=0) for a in case.group(group).values())
     by_id = {id(variable): g.numpy() for variable, g in zip(algorithm.variables, gradient, strict=True)}
     errors = {}
-    for name, reference in case.group("f64/grad/").items():
+    for name, reference in case.group(group).items():
         found = by_id[id(variables[name])]
         if name in case.info["dead_biases"]:
-            errors[f"grad/{name} (dead)"] = float(np.abs(found - reference).max() / largest)
+            errors[f"{group}{name} (dead)"] = float(np.abs(found - reference).max() / largest)
         else:
-            errors[f"grad/{name}"] = relative(found, reference)
+            errors[f"{group}{name}"] = relative(found, reference)
     trained = {name for name, variable in variables.items() if id(variable) in by_id}
-    assert trained == set(case.group("f64/grad/")), trained
+    assert trained == set(case.group(group)), trained
     return errors
 
 
@@ -125,7 +128,7 @@ def trained(
     *,
     step: str = "f64/step{}/",
     losses: str = "f64/traj/loss",
-    measure: str = "query_loss",
+    measured: Sequence[str] = ("query_loss",),
 ) -> tuple[OuterLoop, Errors]:
     """Errors of the weights after 1 and 3 updates by the outer loop, and of the losses before each."""
     outer = OuterLoop(algorithm, optimizer, TaskMap(vectorize=False, jit_compile=False))
@@ -133,7 +136,7 @@ def trained(
     errors, found = {}, []
     for first, last in ((0, 1), (1, 3)):
         measures = outer.block(block, tf.constant(first), tf.constant(last))
-        found += list(measures[measure].numpy()[first:last])
+        found += list(sum(measures[name].numpy() for name in measured)[first:last])
         errors |= weight_errors(case, variables, step.format(last))
     return errors | {losses: relative(np.array(found), case.arrays[losses])}
 
@@ -371,7 +374,108 @@ def siamese(case: Case) -> Errors:
     return errors | trained(case, algorithm, rules, variables, episode, **where)
 
 
+# --- Semi-supervised prototypes -----------------------------------------------------------------------
+
+MODELS = {
+    "basic": "basic",
+    "kmeans-refine": "kmeans",
+    "kmeans-refine-radius": "cluster",
+    "kmeans-refine-mask": "mask",
+}
+
+
+def semisup(case: Case) -> Errors:
+    """Ren et al.'s code and, where the case has it, their paper's form."""
+    episode = episode_of(case)
+    if "in/unlabelled_x" in case.arrays:
+        episode = SemiSupervisedEpisode(*episode, images(case, "unlabelled_x"))
+    network = encoder(case, momentum=0.9, unbiased=False)
+    algorithm, variables = _semisup(case, network, "code")
+    errors = _semisup_outputs(case, algorithm, episode)
+
+    def at_test(group: str) -> Errors:
+        theta, result = algorithm.weights(), algorithm.evaluate(batched(episode), tf.constant(0))
+        logits = result.predictions[0, 0]
+        found = {"prediction": tf.nn.softmax(logits), "accuracy": result.query["accuracy"][0, 0]}
+        parts = _parts(episode)
+        support, *unlabeled = (algorithm.embedded(theta, x) for x in parts[:-1])
+        query = algorithm.embedded(theta, episode.query_x)
+        clusters = algorithm.refined(
+            theta, support, episode.support_y, case.settings["way"], *(unlabeled or [None])
+        )
+        for number, (centers, *_) in enumerate(clusters):
+            found[f"logits{number}"] = algorithm.logits(theta, query, centers)
+        return compared(found, case, group)
+
+    errors |= at_test("f64/eval0/")
+    errors |= gradient_errors(case, algorithm, variables, raw_gradient(algorithm, episode))
+    if case.group("derived64/paper/"):
+        paper, of_paper = _semisup(case, network, "paper")
+        errors |= _semisup_outputs(case, paper, episode, "derived64/paper/")
+        group = "derived64/paper/grad/"
+        errors |= gradient_errors(case, paper, of_paper, raw_gradient(paper, episode), group)
+    optimizer = keras.optimizers.Adam(Halved(1e-3), epsilon=1e-8)
+    errors |= trained(case, algorithm, optimizer, variables, episode, measured=("query_loss", "weight_decay"))
+    assign(variables, case.group("f64/step3/"))
+    return errors | at_test("f64/eval3/")
+
+
+def _semisup(case: Case, network: keras.Model, form: str) -> tuple[SemiPrototypical, Variables]:
+    settings = case.settings
+    algorithm = SemiPrototypical(
+        network,
+        refine=MODELS[settings["model"]],
+        refine_form=form,
+        refine_steps=max(settings["refinement_steps"], 1),
+        weight_decay=settings["weight_decay"],
+        train_num_classes=settings["way"],
+    )
+    variables = names_of(network)
+    variables |= {v.path: v for v in algorithm.extra_variables}
+    assign(variables, case.group("w/"))
+    return algorithm, variables
+
+
+def _parts(episode: Episode | SemiSupervisedEpisode) -> tuple:
+    unlabeled = (episode.unlabeled_x,) if isinstance(episode, SemiSupervisedEpisode) else ()
+    return (episode.support_x, *unlabeled, episode.query_x)
+
+
+def _semisup_outputs(
+    case: Case, algorithm: SemiPrototypical, episode: Episode, group: str = "f64/out/"
+) -> Errors:
+    theta, labels = algorithm.weights(), episode.support_y
+    (support, *unlabeled, query), _ = algorithm.embedded_in_training(theta, *_parts(episode))
+    clusters = algorithm.refined(theta, support, labels, case.settings["way"], *(unlabeled or [None]))
+    logits = algorithm.compared(Embedded(theta, clusters[-1].centers, labels), query)
+    loss, measures, _ = algorithm.episode_loss(theta, episode)
+    found = {
+        "logits": logits,
+        "prediction": tf.nn.softmax(logits),
+        "loss": loss,
+        "accuracy": measures["query_accuracy"],
+        "embedding_support": support,
+        "embedding_query": query,
+    }
+    if unlabeled:
+        found["embedding_unlabelled"] = unlabeled[0]
+    for number, (centers, assignment, mask) in enumerate(clusters):
+        # The authors' code adds the distractor cluster after it has recorded the first centers.
+        found[f"prototypes{number}"] = centers if number else centers[: case.settings["way"]]
+        found[f"logits{number}"] = algorithm.logits(theta, query, centers)
+        found |= {f"assignment{number}": assignment, f"mask{number}": mask}
+    if algorithm.refine == "mask":
+        tuning = algorithm.mask_tuning(theta, clusters[0].centers, unlabeled[0])
+        found |= dict(zip(("bias_start", "bias_add", "scale"), tuning, strict=True))
+    # How well the masks find the distractors is no part of what is learned or predicted.
+    expected = {
+        name for name in case.group(group) if not name.startswith(("grad/", "distractor_", "non_distractor_"))
+    }
+    return {f"{group}{name}": relative(found[name], case.arrays[group + name]) for name in expected}
+
+
 CASES: Mapping[str, Callable[[Case], Errors]] = {
+    "semisup": semisup,
     "siamese": siamese,
     "protonet": protonet,
     "matching": matching,
