@@ -414,8 +414,9 @@ def semisup(case: Case) -> Errors:
         errors |= _semisup_outputs(case, paper, episode, "derived64/paper/")
         group = "derived64/paper/grad/"
         errors |= gradient_errors(case, paper, of_paper, raw_gradient(paper, episode), group)
-    optimizer = keras.optimizers.Adam(Halved(1e-3), epsilon=1e-8)
-    errors |= trained(case, algorithm, optimizer, variables, episode, measured=("query_loss", "weight_decay"))
+    errors |= trained(
+        case, algorithm, ExactAdam(1e-3), variables, episode, measured=("query_loss", "weight_decay")
+    )
     assign(variables, case.group("f64/step3/"))
     return errors | at_test("f64/eval3/")
 
