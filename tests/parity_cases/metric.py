@@ -18,7 +18,7 @@ from maml.networks.conv4 import conv4
 from maml.networks.conv4_map import conv4_map
 from maml.networks.koch import koch
 from maml.networks.lstm import LstmWeights
-from maml.training.adam import TorchAdam
+from maml.training.adam import ExactAdam, TorchAdam
 from maml.training.layerwise import LayerwiseSGD
 from maml.training.outer_loop import OuterLoop
 from maml.training.task_map import TaskMap
