@@ -49,7 +49,7 @@ class Combination(NamedTuple):
     @property
     def trained_steps(self) -> int:
         """Inner steps of training, as far as the test goes."""
-        return min(self.job.settings.num_updates, self.job.settings.test_num_updates)
+        return min(self.job.settings.trained_steps, self.job.settings.tested_steps)
 
 
 class Outcome(NamedTuple):
@@ -88,7 +88,7 @@ class Sweep:
     def steps(self) -> list[int]:
         """The inner steps a table shows: the first, those of training, those of the test."""
         of_training = {c.trained_steps for c in self.combinations}
-        return sorted({1} | of_training | {c.job.settings.test_num_updates for c in self.combinations})
+        return sorted({1} | of_training | {c.job.settings.tested_steps for c in self.combinations})
 
     def file(self, ending: str) -> pathlib.Path:
         """One of the files; the name may have dots of its own."""
