@@ -128,6 +128,24 @@ LEARNERS: Mapping[str, Learner] = {
         steps=False,
         paper=_metric,
     ),
+    "semi_prototypical": Learner(
+        "maml.learners.semi_prototypical:SemiPrototypical",
+        "prototypes refined by unlabeled examples (Ren et al. 2018)",
+        steps=False,
+        paper=_metric,
+    ),
+    "matching": Learner(
+        "maml.learners.matching:Matching", "attention (Vinyals et al. 2016)", steps=False, paper=_metric
+    ),
+    "relation": Learner(
+        "maml.learners.relation:Relation",
+        "a learned comparison (Sung et al. 2018)",
+        steps=False,
+        paper=_metric,
+    ),
+    "siamese": Learner(
+        "maml.learners.siamese:Siamese", "pairs (Koch et al. 2015)", steps=False, paper=_metric
+    ),
 }
 
 NETWORKS: Mapping[str, Network] = {
@@ -135,6 +153,18 @@ NETWORKS: Mapping[str, Network] = {
         "maml.networks.conv4:conv4",
         "four convolutions (Vinyals et al. 2016)",
         flags=("norm", "num_filters", "max_pool"),
+        images=True,
+    ),
+    "conv4_map": Network(
+        "maml.networks.conv4_map:conv4_map",
+        "to a map, for --learner=relation (Sung et al. 2018)",
+        flags=("num_filters",),
+        images=True,
+    ),
+    "koch": Network(
+        "maml.networks.koch:koch",
+        "to an embedding, of 105×105, for --learner=siamese (Koch et al. 2015)",
+        flags=("num_filters",),
         images=True,
     ),
     "mlp": Network("maml.networks.mlp:mlp", "fully connected"),
