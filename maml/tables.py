@@ -15,10 +15,18 @@ from maml.errors import UserError
 
 
 class Learner(NamedTuple):
-    """A row of `LEARNERS`: where the `Algorithm` is, and what it is in a line."""
+    """A row of `LEARNERS`: where the `Algorithm` is, and what it is in a line.
+
+    Fields:
+        home: its class.
+        about: a line on it.
+        flags: names of its own flags, which the class declares, so that one given with another learner is
+            answered without importing any.
+    """
 
     home: str
     about: str
+    flags: tuple[str, ...] = ()
 
 
 class Network(NamedTuple):
@@ -95,6 +103,11 @@ class Dataset(NamedTuple):
 
 LEARNERS: Mapping[str, Learner] = {
     "maml": Learner("maml.learners.maml:Maml", "second-order MAML (Finn et al. 2017)"),
+    "fomaml": Learner("maml.learners.fomaml:Fomaml", "first-order MAML (Finn et al. 2017)"),
+    "anil": Learner("maml.learners.anil:Anil", "MAML of the head alone (Raghu et al. 2020)"),
+    "boil": Learner("maml.learners.anil:Boil", "MAML of all but the head (Oh et al. 2021)"),
+    "meta_sgd": Learner("maml.learners.meta_sgd:MetaSgd", "MAML with learned step sizes (Li et al. 2017)"),
+    "prototypical": Learner("maml.learners.prototypical:Prototypical", "prototypes (Snell et al. 2017)"),
 }
 
 NETWORKS: Mapping[str, Network] = {
@@ -197,6 +210,20 @@ DATASETS: Mapping[str, Dataset] = {
     "tfds:NAME": _photographs(
         "maml.datasets.tfds:load_tfds", "a classification data set of TensorFlow Datasets"
     ),
+}
+OPTIMIZERS: Mapping[str, str] = {
+    "adam": "maml.training.adam:Adam",
+    "sgd": "keras.optimizers:SGD",
+    "adadelta": "keras.optimizers:Adadelta",
+    "adafactor": "keras.optimizers:Adafactor",
+    "adagrad": "keras.optimizers:Adagrad",
+    "adamax": "keras.optimizers:Adamax",
+    "adamw": "keras.optimizers:AdamW",
+    "ftrl": "keras.optimizers:Ftrl",
+    "lamb": "keras.optimizers:Lamb",
+    "lion": "keras.optimizers:Lion",
+    "nadam": "keras.optimizers:Nadam",
+    "rmsprop": "keras.optimizers:RMSprop",
 }
 CUSTOM = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")  # module:attribute
 TFDS = re.compile(r"tfds:[a-z0-9_]+(/[\w.+-]+)?")

@@ -16,10 +16,11 @@ from maml.commands.train import COMMANDS
 from maml.errors import UserError
 from maml.runs.files import saved_iterations
 from maml.settings import flags, help, jobs, parsing
+from maml.settings.flags import of_settings
 from maml.settings.settings import FLAGS, parse
 from tests.test_cli import ROOT, SINUSOID, python
 
-OURS = {flag.name for flag in FLAGS.flags_by_module_dict()["maml.settings"]}
+OURS = {flag.name for flag in of_settings(FLAGS)}
 FLAG = re.compile(r"^  --(?:\[no\])?(\w+)", re.MULTILINE)
 
 

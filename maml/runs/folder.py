@@ -326,6 +326,8 @@ class Run:
         free = set(FREE_FLAGS)
         if self.settings.baseline == "oracle":
             free.add("pretrain_iterations")  # its metatrain_iterations, see settings.resolve
+        if self.settings.train and self.settings.meta_schedule != "constant":
+            free -= {"metatrain_iterations", "pretrain_iterations"}  # the schedule goes over them
         if not self.settings.train:
             free |= {"update_batch_size", "update_lr", "pretrain_iterations"}
         differing = [

@@ -18,6 +18,7 @@ import filelock
 
 import maml
 from maml.runs.files import write_whole
+from maml.settings.own import DEFAULT_LEARNER
 
 if TYPE_CHECKING:
     from maml.settings.settings import Settings
@@ -36,6 +37,7 @@ def protocol(settings: "Settings") -> dict[str, object]:
         checkpoint = f"{settings.checkpoint} of {settings.iterations}"
     else:
         checkpoint = settings.checkpoint
+    of_learner = {} if settings.learner == DEFAULT_LEARNER else {"learner": settings.learner, **settings.own}
     return {
         "datasource": settings.datasource,
         "split": settings.split,
@@ -53,7 +55,7 @@ def protocol(settings: "Settings") -> dict[str, object]:
         "order": 1 if settings.stop_grad else 2,
         "transductive": settings.norm == "batch_norm" and settings.transductive,
         "baseline": settings.baseline,
-    }
+    } | of_learner
 
 
 def write(settings: "Settings", result: "TestResult", iteration: int, device: str) -> pathlib.Path:
@@ -80,7 +82,7 @@ def write(settings: "Settings", result: "TestResult", iteration: int, device: st
         "measure": result.measure,
         "note": "update0 is measured on the support set, update1… on the query set",
         "results": result.as_json(),
-        "command": shlex.join(sys.argv),
+        "command": shlex.join(["maml", *sys.argv[1:]]),
         "versions": versions(),
         "hardware": hardware(device),
     }

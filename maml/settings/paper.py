@@ -1,4 +1,3 @@
-"""How the network was trained that the paper's authors published."""
+"""What the weights that the paper's authors published were trained with; their checkpoint does not say."""
 
-# A checkpoint does not say so itself.
 PUBLISHED = ("--datasource=miniimagenet", "--num_classes=5", "--update_batch_size=1", "--num_query=15")

@@ -5,6 +5,7 @@ import re
 import pytest
 
 from maml.errors import UserError
+from maml.settings.flags import of_settings
 from maml.settings.parsing import LARGEST
 from maml.settings.settings import FLAGS, as_flagfile, parse
 from tests.test_cli import ROOT, python
@@ -35,7 +36,7 @@ def assert_refused(tmp_path, arguments: list[str], *found: str) -> None:
     assert sorted(tmp_path.rglob("*")) == before
 
 
-OURS = {flag.name: flag for flag in FLAGS.flags_by_module_dict()["maml.settings"]}
+OURS = {flag.name: flag for flag in of_settings(FLAGS)}
 OF_TYPE = {
     kind: sorted(name for name, flag in OURS.items() if flag.flag_type() == kind)
     for kind in ("int", "float", "bool", "string enum", "string")

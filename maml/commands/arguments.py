@@ -1,0 +1,42 @@
+"""Mistakes that a command finds before TensorFlow is imported, which takes seconds; and what it is asked."""
+
+import pathlib
+
+from maml import tables
+from maml.commands.table import PREPARABLE
+from maml.errors import UserError
+from maml.runs import files
+from maml.settings import jobs
+from maml.settings.settings import FLAGS, Settings, resolve
+
+
+def train(_: list[str]) -> tuple[Settings, dict[str, object]]:
+    """The settings, and those of them that the paper gives."""
+    return resolve()
+
+
+def prepare(operands: list[str]) -> Settings:
+    """The settings of the data set that is to be prepared."""
+    (name,) = operands
+    if not tables.is_name(tables.DATASETS, name) or not tables.dataset(name).channels:
+        raise UserError(f"expected one of {', '.join(PREPARABLE)}, got {name}. Others need no preparation.")
+    FLAGS.datasource = name
+    return resolve()[0]
+
+
+def show_episodes(_: list[str]) -> tuple[Settings, pathlib.Path, int]:
+    """The settings, the picture's file, and how many episodes of each split are to be drawn."""
+    path = pathlib.Path(FLAGS.out or "episodes.png")
+    if path.suffix.lower() != ".png" or not path.parent.is_dir():
+        raise UserError(f"expected the name of a PNG file in a folder that exists, got --out={path}.")
+    return resolve()[0], path, FLAGS.episodes
+
+
+def protocol(operands: list[str]) -> Settings:
+    """The settings to test a run folder with."""
+    for name in files.TRIED:
+        if FLAGS[name].present:
+            raise UserError(
+                f"expected no --{name}, got it: this command tries all of them or knows it. Leave it out."
+            )
+    return files.test_settings(pathlib.Path(operands[0]), jobs.given_flags())
