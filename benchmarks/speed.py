@@ -216,7 +216,8 @@ def _chosen() -> list[tuple[str, int]]:
             pathlib.Path(FLAGS.json).open("a").close()
         except OSError as error:
             raise UserError(
-                f"expected the name of a file that can be written, got --json={FLAGS.json} ({error.strerror})."
+                f"expected the name of a file that can be written, got --json={FLAGS.json} "
+                f"({error.strerror})."
             ) from error
     return [(workload, int(order)) for workload in workloads for order in orders]
 
