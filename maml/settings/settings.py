@@ -349,8 +349,8 @@ def resolve(values: flags.FlagValues = FLAGS) -> tuple[Settings, dict[str, objec
     given["test_num_query"] = given["test_num_query"] or shot
     if not given["transductive"] and given["norm"] != "batch_norm":
         raise UserError(
-            f"--notransductive: expected batch norm, got --norm={given['norm']}, which treats every example by "
-            f"itself. Leave out --notransductive."
+            f"--notransductive: expected batch norm, got --norm={given['norm']}, which treats every example "
+            f"by itself. Leave out --notransductive."
         )
     own, from_paper = _own(values, given["learner"], given["datasource"])
     settings = Settings(**given, own=own)

@@ -12,7 +12,7 @@ from tests.test_cli import ROOT, python
 
 EXPECTED = re.compile(r"\b(expected|needed)\b", re.IGNORECASE)
 ADVICE = re.compile(
-    r"\b(add|change|check|choose|delete|did you mean|drop|fetch|fill|get|give|leave|lower|make|move|point|put|remove|"
+    r"\b(add|change|check|choose|delete|did you mean|fetch|fill|get|leave|lower|make|move|point|put|remove|"
     r"rename|replace|see|set|test|train|unpack|use|write)\b",
     re.IGNORECASE,
 )
