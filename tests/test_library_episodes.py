@@ -144,9 +144,7 @@ def test_other_mistakes_are_told():
         learner.evaluate(Sinusoid(), tasks=1, spec=EpisodeSpec(1, 5, 5, 0))
     with pytest.raises(UserError, match="episodes: found int, needed a list"):
         learner.fit(7, iterations=1)
-    with pytest.raises(
-        UserError, match=r"expected iterations to be .* got 1000\.0"
-    ):
+    with pytest.raises(UserError, match=r"expected iterations to be .* got 1000\.0"):
         learner.fit([task], iterations=1e3)
     with pytest.raises(UserError, match=r"expected inner_steps to be .* got 0"):
         Learner(learner.model, LOGITS, inner_lr=0.1, inner_steps=0)
