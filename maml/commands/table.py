@@ -6,7 +6,6 @@ from typing import NamedTuple
 from maml.settings.own import Flag
 from maml.tables import DATASETS
 
-GRID_EXAMPLE = '--grid="num_classes=2,3,5 num_query=1,15"'
 PREPARABLE = tuple(name for name, row in DATASETS.items() if row.channels)
 
 
@@ -184,11 +183,33 @@ Takes the flags of a run, and a grid: flags with several values each. Every comb
 like any other run, in its own run folder, unless that is done already. The sweeps in `flags/sweeps/` are
 flagfiles that hold the grid too.
 """,
+        check="maml.commands.arguments:sweep",
         work="maml.commands.sweep:run_grid",
         flags=(
-            Flag("grid", "", f"flags of a run with their values, the first the x axis: {GRID_EXAMPLE}"),
+            Flag(
+                "grid",
+                "",
+                'flags of a run with their values, the first the x axis: --grid="num_classes=2,3 seed=0,1"',
+            ),
             Flag("name", "", "of the sweep [the grid's flags]"),
             Flag("out", None, "the files without their endings [results/sweeps/NAME]"),
+        ),
+        interrupted=REPEATABLE,
+    ),
+    "compare": Command(
+        about="trains several learners and tests them on the same episodes; one table",
+        usage="""Compares learners: `maml compare --learners=maml,fomaml,reptile --datasource=omniglot`.
+
+Each is trained with the flags given and, for the others, its own paper's values, unless that is done already.
+Then all are tested on the same episodes. The table has the differences to the first, paired by task, with
+95 % intervals; iterations, weights, time per iteration, peak memory, and the papers' figures.
+""",
+        check="maml.commands.arguments:compare",
+        work="maml.commands.compare:compare",
+        flags=(
+            Flag("learners", "maml,fomaml,anil,meta_sgd", "names from `maml list learners`, with commas"),
+            Flag("name", "", "of the comparison [data set and task]"),
+            Flag("out", None, "folder for NAME.md and NAME.csv [results/compare]"),
         ),
         interrupted=REPEATABLE,
     ),

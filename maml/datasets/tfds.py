@@ -84,7 +84,7 @@ def _keys(folder: pathlib.Path, builder: "tensorflow_datasets.core.DatasetBuilde
     if not plain or image not in images or label not in labels:
         raise UserError(
             f"{folder}: expected a data set of one image and one class label each, got the features "
-            f"{', '.join(sorted(features))}. Use another, or a custom function (docs/extending.md)."
+            f"{', '.join(sorted(features))}. Use another, or --datasource=module:function."
         )
     return image, label
 

@@ -9,7 +9,7 @@ from maml.learners.base import Algorithm
 from maml.learners.joint import Joint
 from maml.runs.optimizers import meta_optimizer
 from maml.settings.settings import Settings
-from maml.tables import LEARNERS, accepted, load, network
+from maml.tables import accepted, learner, load, network
 from maml.training.loop import METATRAIN, PRETRAIN, Phase
 from maml.training.outer_loop import OuterLoop
 from maml.training.task_map import TaskMap
@@ -58,8 +58,7 @@ def build_network(settings: Settings, input_shape: tuple[int, ...], dtype: str =
 
 def learner_class(settings: Settings) -> type[Algorithm]:
     """The class of the learner that the settings name."""
-    row = LEARNERS.get(settings.learner)
-    return load(row.home if row else settings.learner)
+    return load(learner(settings.learner).home)
 
 
 def build_training(

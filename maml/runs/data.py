@@ -2,6 +2,7 @@
 
 import tensorflow as tf
 
+from maml.datasets.unlabeled import WithUnlabeled
 from maml.episodes import Episode, EpisodeSource, EpisodeSpec
 from maml.errors import UserError
 from maml.settings.settings import Settings
@@ -42,6 +43,9 @@ def load_data(settings: Settings) -> EpisodeSource:
             f"--datasource={settings.datasource}: expected an EpisodeSource, with check and sample, got "
             f"{type(data).__name__}. See docs/extending.md."
         )
+    if "num_unlabeled" in settings.own:  # of a semi-supervised learner
+        names = ("num_unlabeled", "test_num_unlabeled", "num_distractors")
+        data = WithUnlabeled(data, *(settings.own[name] for name in names))
     return data
 
 
