@@ -343,3 +343,29 @@ def declared(function: Callable, offered: Mapping[str, object]) -> dict[str, obj
         return dict(offered)
     names = {p.name for p in parameters if p.kind is not inspect.Parameter.POSITIONAL_ONLY}
     return {name: value for name, value in offered.items() if name in names}
+
+
+def accepted(
+    flag: str, function: Any, arguments: Mapping[str, object], offered: Mapping[str, object]
+) -> dict[str, object]:
+    """Those of the offered keyword arguments that a custom function declares.
+
+    Args:
+        flag: that names it, for messages.
+        function: it, or whatever it turns out to be.
+        arguments: {name: value} of what it is given before them, by place.
+        offered: the keyword arguments.
+
+    Raises:
+        UserError: if it is no function, or cannot be called so.
+    """
+    try:
+        chosen = declared(function, offered)
+        inspect.signature(function).bind(*arguments.values(), **chosen)
+    except (TypeError, ValueError) as error:
+        parameters = ", ".join([*arguments, "*", *offered] if arguments else offered)
+        raise UserError(
+            f"{flag}: expected a function of ({parameters}), or some of the last {len(offered)}, got "
+            f"{function!r:.100} ({error}). See docs/extending.md."
+        ) from error
+    return chosen
