@@ -28,6 +28,7 @@ _HOMES = {
     "LayerNorm": "networks.layers",
     "LayerNormalization": "networks.layers",
     "Learner": "learners.library",
+    "MovingBatchNorm": "networks.layers",
     "UserError": "errors",
     "conv4": "networks.conv4",
     "cross_entropy": "learners.losses",
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
     from maml.networks.layers import BatchNorm as BatchNorm
     from maml.networks.layers import LayerNorm as LayerNorm
     from maml.networks.layers import LayerNormalization as LayerNormalization
+    from maml.networks.layers import MovingBatchNorm as MovingBatchNorm
     from maml.networks.mlp import mlp as mlp
     from maml.runs.load import load_run as load_run
     from maml.training.evaluate import series as series

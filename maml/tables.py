@@ -22,11 +22,15 @@ class Learner(NamedTuple):
         about: a line on it.
         flags: names of its own flags, which the class declares, so that one given with another learner is
             answered without importing any.
+        steps: whether it takes inner steps on a task; else it is done with the support set at once.
+        paper: its paper's values of a run's flags, of (data set, way, shot), before the data set's own.
     """
 
     home: str
     about: str
     flags: tuple[str, ...] = ()
+    steps: bool = True
+    paper: Callable[[str, int, int], dict[str, object]] = lambda datasource, way, shot: {}
 
 
 class Network(NamedTuple):
@@ -101,8 +105,47 @@ class Dataset(NamedTuple):
     paper: Paper = _no_values
 
 
+def _metric(datasource: str, way: int, shot: int) -> dict[str, object]:
+    """Of the metric learners' papers: one episode an update, 64 filters, 2×2 pooling, 5 or 15 queries."""
+    queries = {"num_query": 5} if datasource == "omniglot" else {"num_query": 15}
+    return dict(meta_batch_size=1, max_pool=True, num_filters=64, **queries)
+
+
 LEARNERS: Mapping[str, Learner] = {
     "maml": Learner("maml.learners.maml:Maml", "second-order MAML (Finn et al. 2017)"),
+    "fomaml": Learner("maml.learners.fomaml:Fomaml", "first-order MAML (Finn et al. 2017)"),
+    "anil": Learner("maml.learners.anil:Anil", "MAML of the head alone (Raghu et al. 2020)"),
+    "boil": Learner("maml.learners.anil:Boil", "MAML of all but the head (Oh et al. 2021)"),
+    "meta_sgd": Learner(
+        "maml.learners.meta_sgd:MetaSgd",
+        "MAML with learned step sizes (Li et al. 2017)",
+        paper=lambda datasource, way, shot: dict(num_updates=1, test_num_updates=1),
+    ),
+    "reptile": Learner("maml.learners.reptile:Reptile", "Reptile and FOML (Nichol et al. 2018)"),
+    "prototypical": Learner(
+        "maml.learners.prototypical:Prototypical",
+        "prototypes (Snell et al. 2017)",
+        steps=False,
+        paper=_metric,
+    ),
+    "semi_prototypical": Learner(
+        "maml.learners.semi_prototypical:SemiPrototypical",
+        "prototypes refined by unlabeled examples (Ren et al. 2018)",
+        steps=False,
+        paper=_metric,
+    ),
+    "matching": Learner(
+        "maml.learners.matching:Matching", "attention (Vinyals et al. 2016)", steps=False, paper=_metric
+    ),
+    "relation": Learner(
+        "maml.learners.relation:Relation",
+        "a learned comparison (Sung et al. 2018)",
+        steps=False,
+        paper=_metric,
+    ),
+    "siamese": Learner(
+        "maml.learners.siamese:Siamese", "pairs (Koch et al. 2015)", steps=False, paper=_metric
+    ),
 }
 
 NETWORKS: Mapping[str, Network] = {
@@ -110,6 +153,18 @@ NETWORKS: Mapping[str, Network] = {
         "maml.networks.conv4:conv4",
         "four convolutions (Vinyals et al. 2016)",
         flags=("norm", "num_filters", "max_pool"),
+        images=True,
+    ),
+    "conv4_map": Network(
+        "maml.networks.conv4_map:conv4_map",
+        "to a map, for --learner=relation (Sung et al. 2018)",
+        flags=("num_filters",),
+        images=True,
+    ),
+    "koch": Network(
+        "maml.networks.koch:koch",
+        "to an embedding, of 105×105, for --learner=siamese (Koch et al. 2015)",
+        flags=("num_filters",),
         images=True,
     ),
     "mlp": Network("maml.networks.mlp:mlp", "fully connected"),
@@ -238,6 +293,14 @@ def dataset(name: str) -> Dataset:
     return getattr(function, "dataset", Dataset(name, "custom"))._replace(home=name)
 
 
+def learner(name: str) -> Learner:
+    """The row of a learner: of the table or, for module:Class, one that names this class.
+
+    Nothing is imported.
+    """
+    return LEARNERS.get(name) or Learner(name, "custom")
+
+
 def network(name: str) -> Network:
     """The row of a network: of the table or, for module:function, one that names this function.
 
@@ -280,3 +343,29 @@ def declared(function: Callable, offered: Mapping[str, object]) -> dict[str, obj
         return dict(offered)
     names = {p.name for p in parameters if p.kind is not inspect.Parameter.POSITIONAL_ONLY}
     return {name: value for name, value in offered.items() if name in names}
+
+
+def accepted(
+    flag: str, function: Any, arguments: Mapping[str, object], offered: Mapping[str, object]
+) -> dict[str, object]:
+    """Those of the offered keyword arguments that a custom function declares.
+
+    Args:
+        flag: that names it, for messages.
+        function: it, or whatever it turns out to be.
+        arguments: {name: value} of what it is given before them, by place.
+        offered: the keyword arguments.
+
+    Raises:
+        UserError: if it is no function, or cannot be called so.
+    """
+    try:
+        chosen = declared(function, offered)
+        inspect.signature(function).bind(*arguments.values(), **chosen)
+    except (TypeError, ValueError) as error:
+        parameters = ", ".join([*arguments, "*", *offered] if arguments else offered)
+        raise UserError(
+            f"{flag}: expected a function of ({parameters}), or some of the last {len(offered)}, got "
+            f"{function!r:.100} ({error}). See docs/extending.md."
+        ) from error
+    return chosen

@@ -9,6 +9,7 @@ import pytest
 import tensorflow as tf
 from PIL import Image
 
+from maml import tables
 from maml.datasets.image_classes import ClassImages, ImageClasses
 from maml.episodes import EpisodeSpec
 from maml.reports import episode_pictures
@@ -114,7 +115,7 @@ def test_a_new_run_shows_its_first_episodes(change, shown):
     images = np.zeros((3, 2, 8, 8, 3), np.uint8)
     splits = {split: ClassImages.in_memory(images[:n]) for split, n in dict(train=3, val=3, test=2).items()}
     flags = dict(datasource="folder", num_classes=3, update_batch_size=1, num_query=1, test_num_query=1)
-    flags |= dict(seed=0, log=True, classification=True)
+    flags |= dict(seed=0, log=True, classification=True, dataset=tables.DATASETS["folder"], own={})
     settings = types.SimpleNamespace(**flags | change)
     written = {}
 

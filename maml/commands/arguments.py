@@ -9,6 +9,7 @@ from maml.errors import UserError
 from maml.runs import files
 from maml.runs.grid import Sweep, plan, read_grid
 from maml.settings import jobs
+from maml.settings.own import DEFAULT_LEARNER
 from maml.settings.settings import FLAGS, Settings, resolve
 
 
@@ -32,6 +33,23 @@ def show_episodes(_: list[str]) -> tuple[Settings, pathlib.Path, int]:
     if path.suffix.lower() != ".png" or not path.parent.is_dir():
         raise UserError(f"expected the name of a PNG file in a folder that exists, got --out={path}.")
     return resolve()[0], path, FLAGS.episodes
+
+
+def compare(_: list[str]) -> tuple[list[jobs.Job], str, pathlib.Path]:
+    """A run for each learner, the name of the comparison, and the folder to write to."""
+    learners = [name.strip() for name in FLAGS.learners.split(",")]
+    if len(learners) < 2 or len(set(learners)) < len(learners) or FLAGS.learner != DEFAULT_LEARNER:
+        raise UserError(
+            f"expected --learners of two names or more, got --learners={FLAGS.learners} and "
+            f"--learner={FLAGS.learner}. Names: maml list learners."
+        )
+    shared = jobs.given_flags(but=("learner",))
+    compared = [jobs.job([*shared, f"--learner={name}"]) for name in learners]
+    first = compared[0].settings
+    shot = f"{first.update_batch_size}shot"
+    task = f"{first.num_classes}way_{shot}" if first.classification else shot
+    name = FLAGS.name or f"{first.datasource.replace(':', '_').replace('/', '_')}_{task}"
+    return compared, name, pathlib.Path(FLAGS.out or "results/compare")
 
 
 def protocol(operands: list[str]) -> Settings:

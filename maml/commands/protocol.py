@@ -124,7 +124,6 @@ def task_counts(settings: Settings) -> list[int]:
 def head(settings: Settings) -> str:
     """What is measured, and the names of the table's columns."""
     split = {"val": "meta-validation", "test": "meta-test"}[settings.split]
-    order = "first" if settings.stop_grad else "second"
     measure = evaluate.SHOWN["accuracy" if settings.classification else "loss"][2]
     columns = [
         f"{step} step{'s' * (step > 1)}" + (f", {tasks} tasks" if len(task_counts(settings)) > 1 else "")
@@ -136,7 +135,7 @@ def head(settings: Settings) -> str:
         [
             f"{settings.run_dir}: {settings.datasource} {settings.task}"
             + (f", {settings.baseline}" if settings.baseline else "")
-            + f", {settings.num_test_tasks} {split} tasks, seed {settings.seed}, {order} order, "
+            + f", {settings.num_test_tasks} {split} tasks, seed {settings.seed}, {settings.method}, "
             f"α {settings.update_lr:g}",
             f"{measure} ± 95 % CI on the query set",
             _line("checkpoint", queries, "batch norm", columns),
@@ -184,8 +183,8 @@ def as_csv(measured: list[tuple[Variant, TestResult]], device: str) -> str:
 
 def _steps(settings: Settings) -> list[int]:
     """The inner steps shown: as many as in training, and as many as in the test."""
-    most = settings.test_num_updates
-    return sorted({min(settings.num_updates, most), most})
+    most = settings.tested_steps
+    return sorted({min(settings.trained_steps, most), most})
 
 
 def _line(checkpoint: str, queries: str, statistics: str, cells: list[str]) -> str:
@@ -216,7 +215,7 @@ def measure(settings: Settings) -> None:
                 build.test_spec(variant.settings),
                 settings.split,
                 tasks=settings.num_test_tasks,
-                steps=settings.test_num_updates,
+                steps=settings.tested_steps,
                 transductive=variant.settings.transductive,
             )
             measured.append((variant, result))

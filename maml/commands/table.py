@@ -196,6 +196,23 @@ flagfiles that hold the grid too.
         ),
         interrupted=REPEATABLE,
     ),
+    "compare": Command(
+        about="trains several learners and tests them on the same episodes; one table",
+        usage="""Compares learners: `maml compare --learners=maml,fomaml,reptile --datasource=omniglot`.
+
+Each is trained with the flags given and, for the others, its own paper's values, unless that is done already.
+Then all are tested on the same episodes. The table has the differences to the first, paired by task, with
+95 % intervals; iterations, weights, time per iteration, peak memory, and the papers' figures.
+""",
+        check="maml.commands.arguments:compare",
+        work="maml.commands.compare:compare",
+        flags=(
+            Flag("learners", "maml,fomaml,anil,meta_sgd", "names from `maml list learners`, with commas"),
+            Flag("name", "", "of the comparison [data set and task]"),
+            Flag("out", None, "folder for NAME.md and NAME.csv [results/compare]"),
+        ),
+        interrupted=REPEATABLE,
+    ),
     "list": Command(
         about="lists learners, networks, data sets, cells and flagfiles, and what each needs",
         usage="""Lists what there is by name: `maml list`, or one table, as `maml list learners`.""",

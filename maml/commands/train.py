@@ -64,18 +64,15 @@ def _train_and_test(settings: Settings, machine: devices.Machine) -> None:
 
 def _test(settings: Settings, learner: Algorithm, data: EpisodeSource, folder: Run, device: str) -> None:
     iteration, spec = int(folder.iteration), build.test_spec(settings)
-    print(
-        f"testing iteration {iteration} on {settings.num_test_tasks} tasks, "
-        f"{settings.test_num_updates} steps each",
-        flush=True,
-    )
+    steps = f", {settings.tested_steps} steps each" * bool(settings.tested_steps)
+    print(f"testing iteration {iteration} on {settings.num_test_tasks} tasks{steps}", flush=True)
     result = evaluate.measure_tasks(
         learner,
         data,
         spec,
         settings.split,
         tasks=settings.num_test_tasks,
-        steps=settings.test_num_updates,
+        steps=settings.tested_steps,
         transductive=settings.transductive,
         progress=True,
     )
@@ -84,7 +81,7 @@ def _test(settings: Settings, learner: Algorithm, data: EpisodeSource, folder: R
         written = [results.write(settings, result, iteration, device).name, "results.json"]
         if not settings.classification:
             picture = folder.dir / "fits.png"
-            sinusoid_fits.sinusoid_fits(picture, learner, data, spec, steps=settings.test_num_updates)
+            sinusoid_fits.sinusoid_fits(picture, learner, data, spec, steps=settings.tested_steps)
             written.append(picture.name)
     tensorboard.show_tests(folder)
     print("\n".join([f"wrote {', '.join(written)} in {folder.dir}", *_next(settings)]))
@@ -94,16 +91,14 @@ def _header(settings: Settings, from_paper: dict[str, object], devices: str) -> 
     """What runs on what, but for the network, which depends on the data."""
     way = settings.num_classes if settings.classification else 1
     support, query = way * settings.update_batch_size, way * settings.num_query
-    steps = settings.num_updates if settings.train else settings.test_num_updates
-    inner = (
-        f"{steps} step{'s' * (steps > 1)} of α = {settings.update_lr:g} on N·K = {support} support examples"
-    )
-    if settings.train and settings.learner == DEFAULT_LEARNER:
-        inner += ", first order" if settings.stop_grad else ", second order"
-    lines = [
-        f"{settings.learner}: {settings.datasource} {settings.task} on {devices}",
-        _line("inner loop", inner),
-    ]
+    steps = settings.trained_steps if settings.train else settings.tested_steps
+    lines = [f"{settings.learner}: {settings.datasource} {settings.task} on {devices}"]
+    if steps:
+        inner = f"{steps} step{'s' * (steps > 1)} of α = {settings.update_lr:g} on N·K = {support} support"
+        inner += " examples"
+        if settings.train and settings.learner == DEFAULT_LEARNER:
+            inner += f", {settings.method}"
+        lines.append(_line("inner loop", inner))
     if settings.own:
         lines.append(_line("learner", _values(settings.own)))
     if settings.train:
@@ -117,7 +112,9 @@ def _header(settings: Settings, from_paper: dict[str, object], devices: str) -> 
             )
         )
     if from_paper:
-        lines.append(_line("defaults", f"{_values(from_paper)} (paper)"))
+        unread = () if settings.trained_steps else ("update_lr", "num_updates")
+        shown = {name: value for name, value in from_paper.items() if name not in unread}
+        lines.append(_line("defaults", f"{_values(shown)} (paper)"))
     return "\n".join([*lines, _line("run folder", str(settings.run_dir))])
 
 

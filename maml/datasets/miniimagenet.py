@@ -16,7 +16,6 @@ import os
 import pathlib
 import re
 import tarfile
-import threading
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
@@ -28,7 +27,7 @@ from maml.datasets.image_classes import ImageClasses
 from maml.datasets.images import pickles
 from maml.datasets.images.archives import read_file, read_part, tar_members
 from maml.datasets.images.decode import open_image, refuse_huge
-from maml.datasets.images.source import ImageFile, ImageSource, LazySplits, misplaced
+from maml.datasets.images.source import ImageFile, ImageSource, LazySplits, misplaced, one_at_a_time
 from maml.errors import UserError
 
 NAME = "mini-ImageNet"
@@ -95,10 +94,12 @@ def find(folders: Sequence[pathlib.Path], table: Table | None = None) -> ImageSo
                 f"{NAME}: {error.filename or folder}: found {error.strerror or error}, needed to read it. "
                 f"Check the folder and the rights."
             ) from error
-    elsewhere = misplaced(folders, lambda folder: is_form(folder, table))
+    missing = f"{NAME}: not found in {' or '.join(map(str, folders))}, but needed."
+    if elsewhere := misplaced(folders, lambda folder: is_form(folder, table)):
+        raise UserError(f"{missing} {elsewhere}")
     raise UserError(
-        f"{NAME}: not found in {' or '.join(map(str, folders))}, but needed. {elsewhere}Put there one of: "
-        f"{TAR} (image-net.org, 138 GB; it is read as it is); or {', '.join(PICKLES.values())}; or folders "
+        f"{missing} Put there one of: {TAR} "
+        f"(image-net.org, 138 GB; it is read as it is); or {', '.join(PICKLES.values())}; or folders "
         f"train/, val/ and test/ of class folders <wnid>/*.jpg. Another place: --data_dir."
     )
 
@@ -241,7 +242,7 @@ def _pickles(folder: pathlib.Path, table: Table) -> ImageSource:
             f"{NAME}: {folder}: found {len(paths) - len(missing)} of the {len(paths)} files needed; "
             f"missing: {', '.join(missing)}. Put them there."
         )
-    read = _one_at_a_time(_read_pickle)
+    read = one_at_a_time(_read_pickle)
     return ImageSource(
         name=NAME,
         fingerprint=_fingerprint("pkl", [_stamp(path) for path in paths.values()], table),
@@ -269,18 +270,6 @@ def _list_pickle(
         wnid: [ImageFile(f"{path}!image_data[{row:05d}]", lambda row=row: read(path)[0][row]) for row in rows]
         for wnid, rows in classes.items()
     }
-
-
-def _one_at_a_time(read: Callable) -> Callable:
-    """`read`, remembering its last result only: the largest file holds 813 MB of images."""
-    last = functools.lru_cache(maxsize=1)(read)
-    lock = threading.Lock()
-
-    def locked(path: pathlib.Path) -> tuple[np.ndarray, dict[str, list[int]]]:
-        with lock:
-            return last(path)
-
-    return locked
 
 
 def _read_pickle(path: pathlib.Path) -> tuple[np.ndarray, dict[str, list[int]]]:

@@ -13,7 +13,7 @@ import keras
 import tensorflow as tf
 
 from maml.episodes import Episode
-from maml.learners.losses import LossFunction
+from maml.learners.losses import LossFunction, cross_entropy, mean_squared_error
 from maml.networks.stateless import Stateless, Weights, gradients, takes_integers
 from maml.settings.settings import Settings
 
@@ -59,6 +59,7 @@ class Algorithm:
         variables: the meta-parameters θ, in the order in which θ is given: `network.trainable_variables`,
             then those the algorithm adds (`extra_variables`).
         state_variables: values that training changes without a gradient, as moving averages.
+        backbone: whether the network ends with an embedding, without a head of N outputs.
         sequential: whether the tasks of a meta-batch are computed one after the other, each with the
             `state_variables` that the one before it left; else each with those of before the meta-batch, and
             means over the tasks are kept.
@@ -67,6 +68,7 @@ class Algorithm:
     """
 
     flags: ClassVar[Sequence] = ()
+    backbone: ClassVar[bool] = False
     sequential: ClassVar[bool] = False
     result = TaskGradient
 
@@ -112,15 +114,29 @@ class Algorithm:
         return dict(settings.own)
 
     @classmethod
+    def loss_function(cls, settings: Settings) -> LossFunction:
+        """The loss of a task: the original's two."""
+        return cross_entropy(settings.update_batch_size) if settings.classification else mean_squared_error
+
+    @classmethod
     def meta_optimizer(cls, settings: Settings) -> keras.optimizers.Optimizer | None:
         """The outer optimizer where the paper's is no Adam of rate β; None: the program's."""
         return None
+
+    @classmethod
+    def network_options(cls, settings: Settings) -> dict[str, object]:
+        """Keyword arguments of the network, beside those that the settings come to, as of `conv4`."""
+        return {}
 
     # --- What an algorithm is ---------------------------------------------------------------------
 
     def begin(self, theta: Weights, x: tf.Tensor, y: tf.Tensor) -> State:
         """The state of a task before its first step, from its support set x [n, …], y [n, …]."""
         return theta
+
+    def begin_task(self, theta: Weights, episode: Episode) -> State:
+        """The same, for algorithms that see the inputs of the query set beforehand."""
+        return self.begin(theta, episode.support_x, episode.support_y)
 
     def step(
         self, state: State, x: tf.Tensor, y: tf.Tensor, noise: int | None = None
@@ -221,11 +237,11 @@ class Algorithm:
 
         inputs = (lambda x: x) if takes_integers(self.network) else convert
         targets = (lambda y: y) if self.classification else convert
-        return Episode(
-            inputs(episodes.support_x),
-            targets(episodes.support_y),
-            inputs(episodes.query_x),
-            targets(episodes.query_y),
+        return episodes._replace(
+            **{
+                name: (targets if name.endswith("_y") else inputs)(x)
+                for name, x in episodes._asdict().items()
+            }
         )
 
     def _evaluate(self, episodes: Episode, steps: tf.Tensor, transductive: bool = True) -> Adaptation:
@@ -252,7 +268,7 @@ class Algorithm:
                 records = tf.nest.map_structure(lambda a, now: a.write(number, now), records, look(state))
                 return number + 1, state, records
 
-            begun = self.begin(theta, support_x, support_y)
+            begun = self.begin_task(theta, Episode(support_x, support_y, query_x, query_y))
             records = tf.nest.map_structure(
                 lambda now: tf.TensorArray(now.dtype, size=steps + 1, element_shape=now.shape).write(0, now),
                 look(begun),

@@ -67,7 +67,8 @@ def is_custom(loss: str | keras.losses.Loss | LossFunction) -> bool:
 
 
 def _is_ours(loss: object) -> bool:
-    return getattr(loss, "__qualname__", "").startswith(f"{cross_entropy.__name__}.")
+    whole = loss in (mean_cross_entropy, summed_cross_entropy)
+    return whole or getattr(loss, "__qualname__", "").startswith(f"{cross_entropy.__name__}.")
 
 
 def _name(loss: keras.losses.Loss | LossFunction) -> str:
@@ -85,6 +86,16 @@ def cross_entropy(shot: int) -> LossFunction:
         return tf.reduce_sum(tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits)) / shot
 
     return loss
+
+
+def mean_cross_entropy(labels: tf.Tensor, logits: tf.Tensor) -> tf.Tensor:
+    """The mean over the examples. Labels [n] integer, logits [n, N]; a scalar."""
+    return tf.reduce_mean(tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits))
+
+
+def summed_cross_entropy(labels: tf.Tensor, logits: tf.Tensor) -> tf.Tensor:
+    """The sum over the examples. Labels [n] integer, logits [n, N]; a scalar."""
+    return tf.reduce_sum(tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits))
 
 
 def mean_squared_error(targets: tf.Tensor, predictions: tf.Tensor) -> tf.Tensor:

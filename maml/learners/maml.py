@@ -5,18 +5,27 @@ every inner step: true second-order meta-gradients. Lines 2 to 4 and 7 to 9, the
 `maml.training.outer_loop.OuterLoop`.
 """
 
+from collections.abc import Sequence
+
 import keras
 import tensorflow as tf
 
 from maml.episodes import Episode
-from maml.learners.base import Algorithm, Measures
+from maml.learners.base import Algorithm, Measures, State
 from maml.learners.losses import LossFunction
 from maml.networks.stateless import Weights, adapted_weights, gradients
+from maml.settings.own import Flag
 from maml.settings.settings import Settings
+
+ADAPT = (
+    "which weights the inner loop adapts: head, body, all (but norms) or a regular expression of their names"
+)
 
 
 class Maml(Algorithm):
     """MAML of one Keras network; θ is the network's weights, and a task's state its fast weights θ′."""
+
+    flags = (Flag("adapt", "all", ADAPT),)
 
     def __init__(
         self,
@@ -25,6 +34,7 @@ class Maml(Algorithm):
         *,
         inner_lr: float,
         first_order: bool = False,
+        adapt: str = "all",
         **common,
     ):
         """Wraps a built network.
@@ -33,12 +43,13 @@ class Maml(Algorithm):
             network, loss: see `Algorithm`.
             inner_lr: α, the step size of the inner loop.
             first_order: leave out second derivatives (section 5.2 of the paper).
+            adapt: which weights the inner loop adapts; see `adapted_weights`. All are meta-learned.
             common: see `Algorithm`.
         """
         super().__init__(network, loss, **common)
         self.inner_lr = inner_lr
         self.first_order = first_order
-        self._adapted = adapted_weights(network)
+        self._adapted = adapted_weights(network, adapt)
 
     @classmethod
     def arguments(cls, settings: Settings) -> dict[str, object]:
@@ -46,36 +57,56 @@ class Maml(Algorithm):
         own = super().arguments(settings)
         return dict(inner_lr=settings.update_lr, first_order=settings.stop_grad) | own
 
+    # A state is more than the fast weights in learners that stand on this one.
+
+    def fast_weights(self, state: State) -> Weights:
+        """θ′ in a task's state."""
+        return state
+
+    def with_fast_weights(self, state: State, weights: Weights) -> State:
+        """The state with other fast weights."""
+        return weights
+
+    def rates(self, state: State) -> Sequence[float | tf.Tensor]:
+        """The step sizes of the next inner step, of each adapted weight."""
+        return [self.inner_lr] * sum(self._adapted)
+
     def step(
-        self, state: Weights, x: tf.Tensor, y: tf.Tensor, noise: int | None = None
-    ) -> tuple[Weights, Measures]:
+        self, state: State, x: tf.Tensor, y: tf.Tensor, noise: int | None = None
+    ) -> tuple[State, Measures]:
         """One step of gradient descent on a task: θ' = θ − α ∇_θ L(f_θ) (Algorithm 1, lines 5, 6)."""
-        adapted = [weight for weight, adapt in zip(state, self._adapted, strict=True) if adapt]
+        weights = self.fast_weights(state)
+        adapted = [weight for weight, adapt in zip(weights, self._adapted, strict=True) if adapt]
         with tf.GradientTape(watch_accessed_variables=False) as inner_tape:
             inner_tape.watch(adapted)
             measures = self.measure(self.outputs(state, x, noise=noise), y)
         gradient = gradients(inner_tape, measures["loss"], adapted)
+        return self.with_fast_weights(state, self.descended(weights, gradient, self.rates(state))), measures
+
+    def descended(self, weights: Weights, gradient: Weights, rates: Sequence[float | tf.Tensor]) -> Weights:
+        """All weights after a step of the adapted ones along their gradient."""
         if self.first_order:
             gradient = [tf.stop_gradient(g) for g in gradient]
-        descent = iter(gradient)
-        stepped = [
-            weight - self.inner_lr * next(descent) if adapt else weight
-            for weight, adapt in zip(state, self._adapted, strict=True)
+        steps = iter([rate * g for rate, g in zip(rates, gradient, strict=True)])
+        return [
+            weight - next(steps) if adapt else weight
+            for weight, adapt in zip(weights, self._adapted, strict=True)
         ]
-        return stepped, measures
 
     def outputs(
-        self, state: Weights, x: tf.Tensor, support_x: tf.Tensor | None = None, noise: int | None = None
+        self, state: State, x: tf.Tensor, support_x: tf.Tensor | None = None, noise: int | None = None
     ) -> tf.Tensor:
         """f_θ′(x) [n, outputs]; see `Algorithm.outputs`."""
-        return self.stateless.outputs(state, x, support_x, noise)
+        return self.stateless.outputs(self.fast_weights(state), x, support_x, noise)
 
     def task_loss(self, theta: Weights, episode: Episode) -> tuple[tf.Tensor, Measures]:
         """L(f_θ′) on the query set, whose gradient in θ is the task's term of the meta-gradient (line 8)."""
-        fast_weights, support = self.adapt(theta, episode.support_x, episode.support_y)
-        outputs = self.outputs(fast_weights, episode.query_x, noise=self.inner_steps)
-        query = self.measure(outputs, episode.query_y)
-        measures = {f"query_{name}": value for name, value in query.items()}
-        for name in query:
-            measures[f"support_{name}"] = tf.stack([step[name] for step in support])
-        return query["loss"], measures
+        state, support = self.adapt(theta, episode.support_x, episode.support_y)
+        query = self.measure(self.outputs(state, episode.query_x, noise=self.inner_steps), episode.query_y)
+        return query["loss"], joined(support, query)
+
+
+def joined(support: Sequence[Measures], query: Measures) -> Measures:
+    """The measures of a training task: on the support set before each inner step, on the query set after."""
+    measures = {f"query_{name}": value for name, value in query.items()}
+    return measures | {f"support_{name}": tf.stack([step[name] for step in support]) for name in query}

@@ -4,12 +4,12 @@ import keras
 import numpy as np
 
 from maml.errors import UserError
-from maml.networks.layers import BatchNorm, LayerNorm, LayerNormalization
+from maml.networks.layers import BatchNorm, LayerNorm, LayerNormalization, MovingBatchNorm
 
 # Layers that are tested under `tf.vectorized_map` and XLA.
 _TESTED = "InputLayer Dense Flatten Activation ReLU Rescaling Dropout Embedding Add Concatenate"
 BATCHED = {getattr(keras.layers, name) for name in [*_TESTED.split(), "GlobalAveragePooling1D"]}
-BATCHED |= {BatchNorm, LayerNorm, LayerNormalization}
+BATCHED |= {BatchNorm, LayerNorm, LayerNormalization, MovingBatchNorm}
 
 
 def refuse_unfit(model: keras.Model, first_order: bool) -> None:

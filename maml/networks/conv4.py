@@ -1,4 +1,6 @@
-"""TODO networks.conv4."""
+"""Four convolutions: the paper's network of images, and the forms of it that other papers' programs have."""
+
+from collections.abc import Callable, Mapping
 
 import keras
 
@@ -7,22 +9,31 @@ from maml.networks.layers import MaxPool, _exact, _norm
 
 def conv4(
     input_shape: tuple[int, int, int],
-    way: int,
+    way: int | None,
     *,
     filters: int = 64,
-    norm: str = "batch_norm",
+    norm: str | Callable[..., keras.layers.Layer] = "batch_norm",
+    norm_options: Mapping[str, object] | None = None,
     max_pool: bool = False,
+    pool_padding: str = "valid",
+    negative_slope: float = 0.0,
     flatten: bool = False,
+    last_filters: int | None = None,
     dtype: str = "float32",
 ) -> keras.Sequential:
     """Four 3×3 convolutions, each with norm and ReLU, and a linear head.
 
     Args:
         input_shape: (H, W, C) of an image.
-        way: N, the logits.
+        way: N, the logits; None: no head, the output is the embedding that the head would see.
         filters: channels of every convolution.
-        norm: "batch_norm", "layer_norm" or "None".
-        max_pool: stride 1 and 2×2 VALID pooling after the ReLU, instead of stride 2.
+        last_filters: channels of the last one, where they are others.
+        norm: "batch_norm", "moving_batch_norm", "layer_norm" or "None"; or a function of
+            (dtype, name) that makes a layer.
+        norm_options: keyword arguments of the norm, as {"epsilon": 1e-3}.
+        max_pool: stride 1 and 2×2 pooling after the ReLU, instead of stride 2.
+        pool_padding: "valid", or "same" as in Reptile's mini-ImageNet network, whose head sees 6×6 pixels.
+        negative_slope: of the ReLU; 0.01 is PyTorch's leaky ReLU, which MAML++ has.
         flatten: the head sees the flattened map, with Glorot initialisation (mini-ImageNet), instead
             of its spatial mean, with N(0, 1) (Omniglot).
         dtype: of weights and computation; "mixed_bfloat16": see `_exact`.
@@ -30,16 +41,19 @@ def conv4(
     layers: list[keras.layers.Layer] = [keras.layers.Input(input_shape, dtype=_exact(dtype))]
     for i in range(4):
         stride = 1 if max_pool else 2
+        channels = (last_filters or filters) if i == 3 else filters
         layers.append(
-            keras.layers.Conv2D(filters, 3, strides=stride, padding="same", dtype=dtype, name=f"conv{i + 1}")
+            keras.layers.Conv2D(channels, 3, strides=stride, padding="same", dtype=dtype, name=f"conv{i + 1}")
         )
-        layers += _norm(norm, dtype, f"norm{i}")
+        layers += _norm(norm, dtype, f"norm{i}", **(norm_options or {}))
         if max_pool:
             # Before the ReLU, unlike in the paper: the same result, from a quarter of the work.
-            layers.append(MaxPool(dtype=dtype))
-        layers.append(keras.layers.ReLU(dtype=dtype))
+            layers.append(MaxPool(pool_padding, dtype=dtype))
+        layers.append(keras.layers.ReLU(negative_slope=negative_slope, dtype=dtype))
     pooling = keras.layers.Flatten if flatten else keras.layers.GlobalAveragePooling2D
     layers.append(pooling(dtype=_exact(dtype)))
+    if way is None:
+        return keras.Sequential(layers)
     head = "glorot_uniform" if flatten else keras.initializers.RandomNormal(stddev=1.0)
     layers.append(keras.layers.Dense(way, kernel_initializer=head, dtype=_exact(dtype), name="head"))
     return keras.Sequential(layers)

@@ -7,7 +7,7 @@ their weights are meta-learned but not adapted in the inner loop.
 import contextlib
 import contextvars
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import keras
 import tensorflow as tf
@@ -60,6 +60,94 @@ class BatchNorm(keras.layers.Layer):
 
 
 @keras.saving.register_keras_serializable("maml")
+class MovingBatchNorm(keras.layers.Layer):
+    """Normalizes each channel by the batch's statistics or by moving ones, then applies a learned γ and β.
+
+    With `training`: by the mean and the biased variance of the batch at hand, with exact second derivatives,
+    and the moving statistics take a step towards the batch's. Within `batch_statistics` alone: the same, but
+    the batch's mean and biased variance replace the moving ones, so that a query set can be normalized by its
+    support set's. Else by the moving statistics. These are the layer's non-trainable weights, so that a
+    stateless call returns their new values; no gradient goes through a step of theirs.
+
+    PyTorch's BatchNorm2d is `MovingBatchNorm()`; Keras' BatchNormalization is
+    `MovingBatchNorm(momentum=0.99, epsilon=1e-3, unbiased=False)`, its first derivatives included.
+    """
+
+    def __init__(
+        self,
+        momentum: float = 0.9,
+        epsilon: float = 1e-5,
+        *,
+        unbiased: bool = True,
+        center: bool = True,
+        scale: bool = True,
+        gamma_initializer: str | keras.initializers.Initializer = "ones",
+        **kwargs,
+    ):
+        """Takes Keras' arguments, but for `unbiased`.
+
+        Args:
+            momentum: what remains of the moving statistics at every step; PyTorch's is 1 minus this one.
+                0 keeps those of the last batch.
+            epsilon: added to the variance.
+            unbiased: the moving variance is of the batch variance with n − 1, as in PyTorch, where n counts
+                examples and pixels; else with n, as in TensorFlow.
+            center, scale: whether there is a β, a γ.
+            gamma_initializer: of γ. PyTorch before 1.2 drew it from U(0, 1).
+            kwargs: see `keras.layers.Layer`.
+        """
+        super().__init__(**kwargs)
+        self.momentum = momentum
+        self.epsilon = epsilon
+        self.unbiased = unbiased
+        self.center = center
+        self.scale = scale
+        self.gamma_initializer = keras.initializers.get(gamma_initializer)
+
+    def build(self, input_shape):
+        """Adds the weights, [channels] each."""
+
+        def weight(name: str, initializer: str | keras.initializers.Initializer, trainable: bool = True):
+            return self.add_weight(
+                shape=(input_shape[-1],), initializer=initializer, trainable=trainable, name=name
+            )
+
+        self.gamma = weight("gamma", self.gamma_initializer) if self.scale else None
+        self.beta = weight("beta", "zeros") if self.center else None
+        self.moving_mean = weight("moving_mean", "zeros", trainable=False)
+        self.moving_variance = weight("moving_variance", "ones", trainable=False)
+
+    def call(self, x, training=None):
+        """The normalized x [n, …, channels]."""
+        if training or _BY_BATCH.get():
+            rows = tf.reshape(x, (-1, x.shape[-1]))
+            self._keep(rows, training)
+            y = tf.reshape(standardise(rows, 0, self.epsilon), tf.shape(x))
+        else:
+            y = (x - self.moving_mean) * tf.math.rsqrt(self.moving_variance + self.epsilon)
+        y = y * self.gamma if self.scale else y
+        return y + self.beta if self.center else y
+
+    def _keep(self, rows: tf.Tensor, training: bool | None) -> None:
+        rows = tf.stop_gradient(rows) if training else rows
+        mean = _mean(rows, 0)
+        variance = _mean(tf.square(rows - mean), 0)[0]
+        momentum = self.momentum if training else 0
+        if training and self.unbiased:
+            count = tf.cast(tf.shape(rows)[0], rows.dtype)
+            variance *= count / tf.maximum(count - 1, 1)
+        for moving, of_batch in ((self.moving_mean, mean[0]), (self.moving_variance, variance)):
+            moving.assign(momentum * moving + (1 - momentum) * of_batch)
+
+    def get_config(self):
+        """The arguments."""
+        names = ("momentum", "epsilon", "unbiased", "center", "scale")
+        own = {name: getattr(self, name) for name in names}
+        own["gamma_initializer"] = keras.initializers.serialize(self.gamma_initializer)
+        return super().get_config() | own
+
+
+@keras.saving.register_keras_serializable("maml")
 class LayerNorm(keras.layers.Layer):
     """Normalises each example over all its axes, then applies a learned γ and β per channel.
 
@@ -104,17 +192,36 @@ class LayerNormalization(keras.layers.LayerNormalization):
 
 @keras.saving.register_keras_serializable("maml")
 class MaxPool(keras.layers.Layer):
-    """2×2 max-pooling without overlap or padding, as Keras' MaxPooling2D(2), made to be differentiated twice.
+    """2×2 max-pooling without overlap, as Keras' MaxPooling2D(2), made to be differentiated twice.
 
     The gradient of TensorFlow's own gradient, MaxPoolGradGrad, is seven times slower on a CPU than
     summing what the mask of the maxima leaves over, and XLA has none.
     """
 
+    def __init__(self, padding: str = "valid", **kwargs):
+        """Takes Keras' arguments.
+
+        Args:
+            padding: "valid": the last row and column of an odd size are left out; "same": they are pooled
+                by themselves.
+            kwargs: see `keras.layers.Layer`.
+        """
+        super().__init__(**kwargs)
+        self.padding = padding
+
+    def get_config(self):
+        """The arguments."""
+        return super().get_config() | {"padding": self.padding}
+
     def compute_output_shape(self, input_shape):
         batch, height, width, channels = input_shape
-        return (batch, height // 2, width // 2, channels)
+        odd = int(self.padding == "same")
+        return (batch, (height + odd) // 2, (width + odd) // 2, channels)
 
     def call(self, x):
+        if self.padding == "same":
+            odd = [[0, size % 2] for size in x.shape[1:3]]
+            x = tf.pad(x, [[0, 0], *odd, [0, 0]], constant_values=x.dtype.min)
         window = dict(ksize=(1, 2, 2, 1), strides=(1, 2, 2, 1), padding="VALID")
 
         @tf.custom_gradient
@@ -134,9 +241,19 @@ class MaxPool(keras.layers.Layer):
         return pool(x)
 
 
-def _norm(kind: str, dtype: str, name: str) -> list[keras.layers.Layer]:
-    layers = {"batch_norm": [BatchNorm], "layer_norm": [LayerNorm], "None": []}[kind]
-    return [layer(dtype=_exact(dtype), name=name) for layer in layers]
+def _norm(
+    kind: str | Callable[..., keras.layers.Layer], dtype: str, name: str, **options
+) -> list[keras.layers.Layer]:
+    """No layer or one of a kind in `conv4`'s words; or what a function of (dtype, name, …) makes."""
+    if callable(kind):
+        return [kind(dtype=_exact(dtype), name=name, **options)]
+    layers = {
+        "batch_norm": [BatchNorm],
+        "moving_batch_norm": [MovingBatchNorm],
+        "layer_norm": [LayerNorm],
+        "None": [],
+    }[kind]
+    return [layer(dtype=_exact(dtype), name=name, **options) for layer in layers]
 
 
 def _exact(dtype: str) -> str:

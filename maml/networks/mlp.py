@@ -12,7 +12,7 @@ MLP_IMAGES = (256, 128, 64, 64)
 
 def mlp(
     input_shape: tuple[int, ...],
-    outputs: int,
+    outputs: int | None,
     *,
     hidden: Sequence[int],
     norm: str = "None",
@@ -22,9 +22,9 @@ def mlp(
 
     Args:
         input_shape: shape of one example; flattened.
-        outputs: size of the output.
+        outputs: size of the output; None: no head, the output is that of the last hidden layer.
         hidden: widths of the hidden layers.
-        norm: "batch_norm", "layer_norm" or "None", on the hidden layers.
+        norm: "batch_norm", "moving_batch_norm", "layer_norm" or "None", on the hidden layers.
         dtype: of weights and computation; "mixed_bfloat16": see `_exact`.
     """
 
@@ -39,5 +39,6 @@ def mlp(
         layers.append(dense(width, f"dense{i + 1}"))
         layers += _norm(norm, dtype, f"norm{i}")
         layers.append(keras.layers.ReLU(dtype=dtype))
-    layers.append(dense(outputs, "head", _exact(dtype)))
+    if outputs is not None:
+        layers.append(dense(outputs, "head", _exact(dtype)))
     return keras.Sequential(layers)

@@ -1,8 +1,11 @@
 """Networks as functions of their weights: outputs, norm statistics and noise of given values."""
 
+import re
+
 import keras
 import tensorflow as tf
 
+from maml.errors import UserError
 from maml.networks.layers import batch_statistics
 
 Weights = list[tf.Tensor]
@@ -33,27 +36,37 @@ class Stateless:
         task of a meta-batch, and other noise after every update of the weights.
         """
         if support_x is None:
-            return self._by_batch(weights, x, noise)[0]
+            return self.by_batch(weights, x, noise)[0]
         state = self.state_after(weights, support_x)
         return self.network.stateless_call(weights, state, x, training=False)[0]
 
     def state_after(self, weights: Weights, x: tf.Tensor) -> Weights:
         """The network's non-trainable values with the batch-norm statistics of x [n, …]."""
-        return self._by_batch(weights, x, None)[1]
+        return self.by_batch(weights, x)[1]
+
+    def by_batch(
+        self, weights: Weights, x: tf.Tensor, noise: int | None = None, state: Weights | None = None
+    ) -> tuple[tf.Tensor, Weights]:
+        """Outputs [n, outputs] by the statistics of x [n, …], and the non-trainable values thereafter.
+
+        With `noise`, see `outputs`, the layers are in training: moving statistics take a step. They start
+        from `state`, or from the network's values.
+        """
+        variables = self.network.non_trainable_variables
+        state = [variable.value for variable in variables] if state is None else state
+        if noise is not None and self._seeds:
+            seeds = {id(seed) for seed in self._seeds}
+            state = [
+                _folded(variable, noise + 1) if id(variable) in seeds else value
+                for variable, value in zip(variables, state, strict=True)
+            ]
+        with batch_statistics():
+            return self.network.stateless_call(weights, state, x, training=noise is not None)
 
     def renew_noise(self) -> None:
         """Makes the next draws of every number other ones."""
         for seed in self._seeds:
             seed.assign(_folded(seed, 0))
-
-    def _by_batch(self, weights: Weights, x: tf.Tensor, noise: int | None) -> tuple[tf.Tensor, Weights]:
-        variables = self.network.non_trainable_variables
-        state = [variable.value for variable in variables]
-        if noise is not None and self._seeds:
-            seeds = {id(seed) for seed in self._seeds}
-            state = [_folded(v, noise + 1) if id(v) in seeds else v.value for v in variables]
-        with batch_statistics():
-            return self.network.stateless_call(weights, state, x, training=noise is not None)
 
 
 def gradients(tape: tf.GradientTape, loss: tf.Tensor, weights: Weights) -> Weights:
@@ -66,18 +79,56 @@ def takes_integers(network: keras.Model) -> bool:
     return any(tf.as_dtype(x.dtype).is_integer for x in getattr(network, "inputs", None) or ())
 
 
-def adapted_weights(network: keras.Model) -> list[bool]:
+def adapted_weights(network: keras.Model, adapt: str = "all") -> list[bool]:
     """For each trainable variable of the network, whether the inner loop adapts it.
 
-    A layer opts out for all its variables with an attribute `adapted = False`, of its class or its own.
+    Args:
+        network: a layer opts out for all its variables with an attribute `adapted = False`, of its class or
+            its own.
+        adapt: "all": all that do not opt out; "head": of these the weights of the last layer that has some;
+            "body": the others. Anything else is a regular expression, and the weights are adapted in whose
+            name, as "conv1/kernel", it is found, even those that opt out: ".*" adapts every weight.
+
+    Raises:
+        UserError: if that is no weight, or not a regular expression.
     """
-    kept = {
-        id(variable)
-        for layer in network._flatten_layers()  # also those inside other layers, which `layers` lacks
-        if not getattr(layer, "adapted", True)
-        for variable in layer.trainable_variables
-    }
-    return [id(variable) not in kept for variable in network.trainable_variables]
+    if adapt in ("all", "head", "body"):
+        opted_out = {
+            id(variable)
+            for layer in network._flatten_layers()  # also those inside other layers, which `layers` lacks
+            if not getattr(layer, "adapted", True)
+            for variable in layer.trainable_variables
+        }
+        head = {id(variable) for variable in head_of(network).trainable_variables}
+        wanted = {"all": lambda v: True, "head": lambda v: v in head, "body": lambda v: v not in head}[adapt]
+        chosen = [id(v) not in opted_out and wanted(id(v)) for v in network.trainable_variables]
+    else:
+        try:
+            chosen = [bool(re.search(adapt, name)) for name in weight_names(network)]
+        except re.error as error:
+            raise UserError(
+                f"adapt: expected head, body, all or a regular expression, got {adapt!r} ({error})."
+            ) from error
+    if not any(chosen):
+        raise UserError(
+            f"adapt: expected a choice of some weights, got {adapt!r}, which chooses none of "
+            f"{', '.join(weight_names(network))}."
+        )
+    return chosen
+
+
+def weight_names(network: keras.Model) -> list[str]:
+    """Names of the trainable variables, as "conv1/kernel"."""
+    return [v.path.removeprefix(f"{network.name}/") for v in network.trainable_variables]
+
+
+def head_of(network: keras.Model) -> keras.layers.Layer:
+    """The last layer that has weights."""
+    layers = [layer for layer in network._flatten_layers(include_self=False) if layer.trainable_variables]
+    last = network.trainable_variables[-1]
+    # The innermost: a model inside the network has its layers' weights too.
+    holders = [layer for layer in layers if any(v is last for v in layer.trainable_variables)]
+    return min(holders, key=lambda layer: len(layer.trainable_variables), default=network)
 
 
 def _folded(seed: keras.Variable, number: int) -> tf.Tensor:

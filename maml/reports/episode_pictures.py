@@ -98,7 +98,7 @@ def episode_grid(
         batch = data.sample(spec, split, indices)
         names = data.class_names(spec, split, indices) if hasattr(data, "class_names") else None
         for i in range(episodes):
-            episode = Episode(*(field[i].numpy() for field in batch))
+            episode = Episode(*(field[i].numpy() for field in batch[:4]))
             title = f"{split} episode {first + i}, seed {spec.seed}"
             drawn.append((title, episode, names[i] if names else None, spec))
 
@@ -250,7 +250,7 @@ def predictions(
     figure = Figure(figsize=(width, tasks * height + 0.3), layout="constrained")
     figure.suptitle(title, fontsize=11)
     for i, axis in enumerate(figure.subplots(tasks, squeeze=False).flat):
-        episode = Episode(*(field[i] for field in episodes))
+        episode = Episode(*(field[i] for field in episodes[:4]))
         _predictions_panel(axis, episode, predicted[i], spec, names[i] if names else None, scale)
         right = (predicted[i] == episode.query_y).sum()
         axis.set_title(f"episode {i}: {right} of {len(predicted[i])} right", fontsize=10)

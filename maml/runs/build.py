@@ -7,10 +7,9 @@ from maml.episodes import EpisodeSpec
 from maml.errors import UserError
 from maml.learners.base import Algorithm
 from maml.learners.joint import Joint
-from maml.learners.losses import cross_entropy, mean_squared_error
 from maml.runs.optimizers import meta_optimizer
 from maml.settings.settings import Settings
-from maml.tables import LEARNERS, declared, load, network
+from maml.tables import accepted, learner, load, network
 from maml.training.loop import METATRAIN, PRETRAIN, Phase
 from maml.training.outer_loop import OuterLoop
 from maml.training.task_map import TaskMap
@@ -27,26 +26,39 @@ def build_network(settings: Settings, input_shape: tuple[int, ...], dtype: str =
     Raises:
         UserError: if `--network=module:function` names nothing that gives a Keras model.
     """
+    kind = learner_class(settings)
+    backbone = kind.backbone
+    # A metric learner's network is tested by moving statistics, which the paper's batch norm does not have.
+    norm = "moving_batch_norm" if backbone and settings.norm == "batch_norm" else settings.norm
     if settings.mixed_precision and dtype == "float32":
         dtype = "mixed_bfloat16"
     source, row = settings.dataset, network(settings.network)
     build = load(row.home)
     offered = dict(
         filters=settings.num_filters,
-        norm=settings.norm,
+        norm=norm,
         max_pool=settings.max_pool,
         flatten=source.flatten,
         hidden=source.hidden,
         dtype=dtype,
     )
+    offered |= kind.network_options(settings)
     outputs = settings.num_classes if settings.classification else source.outputs
-    built = build(input_shape, outputs, **(declared(build, offered) | dict(row.options)))
+    outputs = None if backbone else outputs
+    offered |= row.options
+    places = dict(input_shape=input_shape, outputs=outputs)
+    built = build(*places.values(), **accepted(f"--network={settings.network}", build, places, offered))
     if not isinstance(built, keras.Model):
         raise UserError(
             f"--network={settings.network}: expected a Keras model, got {type(built).__name__}. See "
             f"docs/extending.md."
         )
     return built
+
+
+def learner_class(settings: Settings) -> type[Algorithm]:
+    """The class of the learner that the settings name."""
+    return load(learner(settings.learner).home)
 
 
 def build_training(
@@ -57,22 +69,14 @@ def build_training(
     With a strategy, this and `build_network` are called in its scope.
     """
     source = settings.dataset
-    loss = cross_entropy(settings.update_batch_size) if settings.classification else mean_squared_error
     common = dict(
         classification=settings.classification,
         scale=source.scale,
         tasks_at_once=settings.tasks_per_chunk or 10,
     )
-    row = LEARNERS.get(settings.learner)
-    kind = load(row.home if row else settings.learner)
-    algorithm = kind(
-        network,
-        loss,
-        inner_steps=settings.num_updates,
-        clip=source.clip,
-        **common,
-        **kind.arguments(settings),
-    )
+    kind = learner_class(settings)
+    options = dict(inner_steps=settings.num_updates, clip=source.clip) | kind.arguments(settings)
+    algorithm = kind(network, kind.loss_function(settings), **common, **options)
     tasks = TaskMap.choose(
         network,
         None,
@@ -90,14 +94,16 @@ def build_training(
 
     phases = [phase(METATRAIN, algorithm, settings.iterations)]
     if settings.pretrain_iterations:
-        joint = Joint(network, loss, **common)
+        joint = Joint(network, Joint.loss_function(settings), **common)
         phases.insert(0, phase(PRETRAIN, joint, settings.pretrain_iterations))
     return phases
 
 
 def train_spec(settings: Settings) -> EpisodeSpec:
-    """The episodes of meta-training."""
-    return EpisodeSpec(settings.num_classes, settings.update_batch_size, settings.num_query, settings.seed)
+    """The episodes of meta-training, of which a learner may have ways and shots of its own."""
+    way = settings.own.get("train_num_classes") or settings.num_classes
+    shot = settings.own.get("train_shots") or settings.update_batch_size
+    return EpisodeSpec(way, shot, settings.num_query, settings.seed)
 
 
 def test_spec(settings: Settings) -> EpisodeSpec:

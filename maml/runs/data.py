@@ -2,10 +2,11 @@
 
 import tensorflow as tf
 
+from maml.datasets.unlabeled import WithUnlabeled
 from maml.episodes import Episode, EpisodeSource, EpisodeSpec
 from maml.errors import UserError
 from maml.settings.settings import Settings
-from maml.tables import declared, load
+from maml.tables import accepted, load
 
 
 def load_data(settings: Settings) -> EpisodeSource:
@@ -17,10 +18,10 @@ def load_data(settings: Settings) -> EpisodeSource:
         UserError: if the data set is not there or not complete, or does not take a flag that was given.
     """
     function = load(settings.dataset.home)
-    if not callable(function):
-        raise UserError(f"--datasource={settings.datasource}: expected a function, got {function!r:.100}.")
-    request = declared(
+    request = accepted(
+        f"--datasource={settings.datasource}",
         function,
+        {},
         dict(
             name=settings.datasource.removeprefix("tfds:"),
             data_dir=settings.data_dir,
@@ -42,6 +43,9 @@ def load_data(settings: Settings) -> EpisodeSource:
             f"--datasource={settings.datasource}: expected an EpisodeSource, with check and sample, got "
             f"{type(data).__name__}. See docs/extending.md."
         )
+    if "num_unlabeled" in settings.own:  # of a semi-supervised learner
+        names = ("num_unlabeled", "test_num_unlabeled", "num_distractors")
+        data = WithUnlabeled(data, *(settings.own[name] for name in names))
     return data
 
 

@@ -284,7 +284,7 @@ class Run:
     def _judged_by(self) -> tuple[str, int]:
         """The TensorBoard tag of validation after `num_updates` steps; 1 if more of it is better, else −1."""
         measure, sign = ("accuracy", 1) if self.settings.classification else ("loss", -1)
-        steps = min(self.settings.num_updates, self.settings.test_num_updates)
+        steps = min(self.settings.trained_steps, self.settings.tested_steps)
         return tag(measure, "query", steps), sign
 
     def begin_from(self, network: keras.Model) -> None:

@@ -53,6 +53,8 @@ class ExplainingParser(flags.ArgumentParser):
             expected = f"{self._expected()} of at most {LARGEST}"
         elif type(self._parser) is flags.ArgumentParser:
             expected = _expected_path(value)
+        elif self.table and not tables.is_name(self.table, value):  # tfds:NAME stands for others
+            expected = self._expected()
         if expected:
             raise ValueError(f"expected {expected}; {self._advice}")
         return value

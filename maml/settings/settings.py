@@ -216,6 +216,29 @@ class Settings:
         return self.dataset.classification
 
     @property
+    def trained_steps(self) -> int:
+        """Inner steps in training; 0 where the learner takes none."""
+        return self.num_updates if tables.learner(self.learner).steps else 0
+
+    @property
+    def tested_steps(self) -> int:
+        """Inner steps at validation and test; 0 where the learner takes none."""
+        return self.test_num_updates if tables.learner(self.learner).steps else 0
+
+    @property
+    def method(self) -> str:
+        """In words: "second order" or "first order" of MAML, else the learner's name."""
+        if self.learner != DEFAULT_LEARNER:
+            return self.learner
+        return "first order" if self.stop_grad else "second order"
+
+    @property
+    def is_transductive(self) -> bool:
+        """Whether a prediction at test depends on the other queries, by batch norm."""
+        by_batch = self.own.get("test_statistics", "batch") == "batch"
+        return self.norm == "batch_norm" and self.transductive and by_batch
+
+    @property
     def task(self) -> str:
         """In words: "5-way 1-shot", or "10-shot" of a regression."""
         way = f"{self.num_classes}-way " if self.classification else ""
@@ -331,6 +354,7 @@ def resolve(values: flags.FlagValues = FLAGS) -> tuple[Settings, dict[str, objec
         given["network"] = data.network if given["conv"] else "mlp"
     given["conv"] = given["conv"] and (given["network"] != "mlp" or not data.classification)
     paper = data.paper(given["num_classes"], train_shot)
+    paper |= tables.learner(given["learner"]).paper(given["datasource"], given["num_classes"], train_shot)
     if given["network"] != data.network:
         paper |= {name: value for name, value in UNREAD.items() if name in paper}
     paper = {name: value for name, value in paper.items() if name not in present}
@@ -374,7 +398,9 @@ def _own(values: flags.FlagValues, learner: str, datasource: str) -> tuple[dict,
 
 def as_flagfile(settings: Settings) -> str:
     """The settings as the text of an absl flagfile that repeats the run."""
-    left_out = ("train_update_batch_size", "train_update_lr", "test_iter", "checkpoint")
+    left_out = {"train_update_batch_size", "train_update_lr", "test_iter", "checkpoint"}
+    if settings.img_size == settings.dataset.side:  # which may be less than the flag takes
+        left_out.add("img_size")
     return "".join(
         f"--{name}={str(value).lower() if isinstance(value, bool) else value}\n"
         for name, value in settings.by_flag.items()
