@@ -111,40 +111,82 @@ def _metric(datasource: str, way: int, shot: int) -> dict[str, object]:
     return dict(meta_batch_size=1, max_pool=True, num_filters=64, **queries)
 
 
+METRIC_FLAGS = ("train_num_classes", "train_shots", "test_statistics")
+
 LEARNERS: Mapping[str, Learner] = {
     "maml": Learner("maml.learners.maml:Maml", "second-order MAML (Finn et al. 2017)"),
-    "fomaml": Learner("maml.learners.fomaml:Fomaml", "first-order MAML (Finn et al. 2017)"),
-    "anil": Learner("maml.learners.anil:Anil", "MAML of the head alone (Raghu et al. 2020)"),
-    "boil": Learner("maml.learners.anil:Boil", "MAML of all but the head (Oh et al. 2021)"),
+    "fomaml": Learner("maml.learners.fomaml:Fomaml", "first-order MAML (Finn et al. 2017)", ("adapt",)),
+    "anil": Learner(
+        "maml.learners.anil:Anil", "MAML of the head alone (Raghu et al. 2020)", ("adapt", "joint_norm")
+    ),
+    "boil": Learner("maml.learners.anil:Boil", "MAML of all but the head (Oh et al. 2021)", ("adapt",)),
     "meta_sgd": Learner(
         "maml.learners.meta_sgd:MetaSgd",
         "MAML with learned step sizes (Li et al. 2017)",
+        flags=("adapt", "alpha_low", "alpha_high", "alpha_per"),
         paper=lambda datasource, way, shot: dict(num_updates=1, test_num_updates=1),
     ),
-    "reptile": Learner("maml.learners.reptile:Reptile", "Reptile and FOML (Nichol et al. 2018)"),
+    "reptile": Learner(
+        "maml.learners.reptile:Reptile",
+        "Reptile and FOML (Nichol et al. 2018)",
+        flags=(
+            "inner_lr",
+            "sgd",
+            "inner_batch",
+            "inner_iters",
+            "eval_batch",
+            "train_shots",
+            "replacement",
+            "weight_decay",
+            "meta_step",
+            "meta_step_final",
+            "foml",
+            "foml_tail",
+        ),
+    ),
     "prototypical": Learner(
         "maml.learners.prototypical:Prototypical",
         "prototypes (Snell et al. 2017)",
+        flags=(*METRIC_FLAGS, "halve_every", "distance"),
         steps=False,
         paper=_metric,
     ),
     "semi_prototypical": Learner(
         "maml.learners.semi_prototypical:SemiPrototypical",
         "prototypes refined by unlabeled examples (Ren et al. 2018)",
+        flags=(
+            *METRIC_FLAGS,
+            "refine",
+            "refine_form",
+            "refine_steps",
+            "num_unlabeled",
+            "test_num_unlabeled",
+            "num_distractors",
+            "weight_decay",
+        ),
         steps=False,
         paper=_metric,
     ),
     "matching": Learner(
-        "maml.learners.matching:Matching", "attention (Vinyals et al. 2016)", steps=False, paper=_metric
+        "maml.learners.matching:Matching",
+        "attention (Vinyals et al. 2016)",
+        flags=(*METRIC_FLAGS, "halve_every", "full_context", "attention_steps", "distance", "max_norm"),
+        steps=False,
+        paper=_metric,
     ),
     "relation": Learner(
         "maml.learners.relation:Relation",
         "a learned comparison (Sung et al. 2018)",
+        flags=(*METRIC_FLAGS, "halve_every", "relation_units", "relation_padding", "max_norm"),
         steps=False,
         paper=_metric,
     ),
     "siamese": Learner(
-        "maml.learners.siamese:Siamese", "pairs (Koch et al. 2015)", steps=False, paper=_metric
+        "maml.learners.siamese:Siamese",
+        "pairs (Koch et al. 2015)",
+        flags=(*METRIC_FLAGS, "halve_every", "pairs"),
+        steps=False,
+        paper=_metric,
     ),
 }
 

@@ -9,9 +9,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from maml.datasets.folder import no_image, photo_classes, without_wrapper
 from maml.datasets.images.archives import ARCHIVES, FileTree, open_tree
 from maml.datasets.images.decode import open_image, read_and_decode, report_bad_images
+from maml.datasets.images.layout import no_image, photo_classes, without_wrapper
 from maml.datasets.images.source import Decode, ImageFile
 from maml.errors import UserError
 
