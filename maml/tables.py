@@ -59,13 +59,16 @@ LEARNERS: Mapping[str, Learner] = {
     "anil": Learner("maml.learners.anil:Anil", "MAML of the head alone (Raghu et al. 2020)"),
     "boil": Learner("maml.learners.anil:Boil", "MAML of all but the head (Oh et al. 2021)"),
     "meta_sgd": Learner("maml.learners.meta_sgd:MetaSgd", "MAML with learned step sizes (Li et al. 2017)"),
+    "maml_plus_plus": Learner("maml.learners.maml_plus_plus:MamlPlusPlus", "MAML++ (Antoniou et al. 2019)"),
     "reptile": Learner("maml.learners.reptile:Reptile", "Reptile and FOML (Nichol et al. 2018)"),
+    "leo": Learner("maml.learners.leo:Leo", "latent embedding optimization (Rusu et al. 2019)"),
     "prototypical": Learner("maml.learners.prototypical:Prototypical", "prototypes (Snell et al. 2017)"),
 }
 
 NETWORKS: Mapping[str, Network] = {
     "conv4": Network("maml.networks.conv4:conv4", "four convolutions (Vinyals et al. 2016)"),
     "mlp": Network("maml.networks.mlp:mlp", "fully connected"),
+    "leo": Network("maml.networks.leo:leo", "encoder, relation network and decoder of the learner leo"),
 }
 
 

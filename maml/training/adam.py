@@ -109,7 +109,11 @@ class TorchAdam(keras.optimizers.Adam):
         square = self.beta_2 * v.value + (1 - self.beta_2) * tf.square(gradient)
         m.assign(mean)
         v.assign(square)
-        variable.assign(value - rate * mean / (tf.sqrt(square) / root + self.epsilon))
+        variable.assign(value - rate * mean / (tf.sqrt(square) / root + self.biased(self.epsilon, root)))
+
+    def biased(self, epsilon: float, root: tf.Tensor) -> float | tf.Tensor:
+        """What is added to √v/√(1 − β₂ᵗ): ε. `root` is √(1 − β₂ᵗ)."""
+        return epsilon
 
     def get_config(self):
         config = super().get_config()
