@@ -1,6 +1,6 @@
-"""Trains and tests MAML: `python main.py --datasource=omniglot --num_classes=5 --update_batch_size=1`."""
+"""`python main.py …` is `maml …`, from a checkout that is not installed, as the original was called."""
 
-from maml.commands.train import run
+from maml.commands.runner import main
 
 if __name__ == "__main__":
-    run()
+    main()

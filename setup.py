@@ -54,5 +54,5 @@ setuptools.setup(
     extras_require={
         "test": ["hypothesis>=6", "pytest>=8", "pytest-benchmark>=5", "pytest-xdist>=3", "ruff==0.17.5"]
     },
-    entry_points={"console_scripts": ["maml=maml.commands.train:run"]},
+    entry_points={"console_scripts": ["maml=maml.commands.runner:main"]},
 )

@@ -6,7 +6,6 @@ Nothing here comes from `maml.learners.maml`, so that the agreement of the two a
 import keras
 import tensorflow as tf
 
-from maml.datasets import table
 from maml.episodes import Episode
 from maml.networks.layers import BatchNorm, MaxPool
 from maml.settings.settings import Settings
@@ -54,7 +53,7 @@ class PlainLoop:
         for mine, given in zip(self.network.trainable_variables, network.trainable_variables, strict=True):
             mine.assign(given)
         self.settings = settings
-        source = table.DATASOURCES[settings.datasource]
+        source = settings.dataset
         self.scale, self.clip = source.scale, source.clip
         norms = [layer for layer in self.network.layers if isinstance(layer, PlainBatchNorm)]
         shared = {id(layer.beta) for layer in norms}

@@ -15,8 +15,8 @@ from maml.commands import runner
 with runner.silent_start():
     import tensorflow as tf
 
-    from maml.datasets import table
     from maml.runs import build
+    from maml.runs.data import load_data
     from maml.runs.load import trained_network
     from maml.settings.settings import parse
 
@@ -37,7 +37,7 @@ def main() -> None:
         ["--datasource=folder", f"--data_dir={options.data}", f"--update_batch_size={options.shot}",
          f"--test_num_query={PER_CLASS}", f"--init_from={options.weights}", "--train=False"]
     )  # fmt: skip
-    source, spec = table.load_data(settings), build.test_spec(settings)
+    source, spec = load_data(settings), build.test_spec(settings)
     network, _ = trained_network(settings, from_run=False)
     learner = build.build_training(settings, network)[-1].outer.algorithm
 

@@ -24,11 +24,13 @@ import signal
 import statistics
 import sys
 
-from absl import flags
 from tqdm import tqdm
 
 from maml.commands import runner
+from maml.commands.table import Command
 from maml.errors import UserError
+from maml.settings.flags import of_settings
+from maml.settings.own import Flag
 from maml.settings.settings import FLAGS, Settings, parse
 
 ORDERS = (2, 1)
@@ -198,25 +200,26 @@ def _machine() -> dict:
 
 def _chosen() -> list[tuple[str, int]]:
     """The workloads and orders of the flags; a mistake in them is a UserError."""
-    for flag in FLAGS.flags_by_module_dict()["maml.settings"]:
+    for flag in of_settings(FLAGS):
         if flag.present and flag.name != "seed":
             raise UserError(
-                f"found --{flag.name}, but the settings of a workload are fixed. Drop it; "
-                "choose with --workload and --order."
+                f"expected none of a run's flags, got --{flag.name}: the settings of a workload are fixed. "
+                "Choose with --workload and --order."
             )
-    if not FLAGS.workload or not set(FLAGS.workload) <= set(WORKLOADS):
-        raise UserError(
-            f"found --workload={','.join(FLAGS.workload)}, needed some of {', '.join(WORKLOADS)}."
-        )
-    if not FLAGS.order or not set(FLAGS.order) <= {str(order) for order in ORDERS}:
-        raise UserError(f"found --order={','.join(FLAGS.order)}, needed 2, 1 or both (2,1).")
+    workloads, orders = FLAGS.workload.split(","), FLAGS.order.split(",")
+    if not set(workloads) <= set(WORKLOADS):
+        raise UserError(f"expected some of {', '.join(WORKLOADS)}, got --workload={FLAGS.workload}.")
+    if not set(orders) <= {str(order) for order in ORDERS}:
+        raise UserError(f"expected 2, 1 or both (2,1), got --order={FLAGS.order}.")
     if FLAGS.json:
         try:
             pathlib.Path(FLAGS.json).open("a").close()
         except OSError as error:
-            found = f"found --json={FLAGS.json} ({error.strerror})"
-            raise UserError(f"{found}, needed the name of a file that can be written.") from error
-    return [(workload, int(order)) for workload in FLAGS.workload for order in FLAGS.order]
+            raise UserError(
+                f"expected the name of a file that can be written, got --json={FLAGS.json} "
+                f"({error.strerror})."
+            ) from error
+    return [(workload, int(order)) for workload in workloads for order in orders]
 
 
 def _main(_: list[str]) -> None:
@@ -255,13 +258,22 @@ def _main(_: list[str]) -> None:
     print(f"matrix products: {min(products):.0f} … {max(products):.0f} GFLOP/s")
 
 
+COMMAND = Command(
+    about="",
+    usage=__doc__,
+    work=_main,
+    flags=(
+        Flag("workload", ",".join(WORKLOADS), "some of these"),
+        Flag("order", ",".join(str(order) for order in ORDERS), "2: second derivatives; 1: first order"),
+        Flag(
+            "against", "loop", "loop: a plain TensorFlow 2 loop; none: ours alone", choices=("loop", "none")
+        ),
+        Flag("rounds", 7, "turns of each; the median counts", lower=1),
+        Flag("seconds", 5.0, "length of a turn (one iteration at least)", lower=0.0),
+        Flag("json", None, "also write everything to this file"),
+    ),
+    shows=("seed",),
+)
+
 if __name__ == "__main__":
-    flags.DEFINE_list("workload", list(WORKLOADS), f"some of {', '.join(WORKLOADS)}")
-    flags.DEFINE_list("order", [str(order) for order in ORDERS], "2: second derivatives; 1: first order")
-    flags.DEFINE_enum(
-        "against", "loop", ["loop", "none"], "loop: a plain TensorFlow 2 loop; none: ours alone"
-    )
-    flags.DEFINE_integer("rounds", 7, "turns of each; the median counts", lower_bound=1)
-    flags.DEFINE_float("seconds", 5.0, "length of a turn (one iteration at least)", lower_bound=0.0)
-    flags.DEFINE_string("json", None, "also write everything to this file")
-    runner.run(_main)
+    runner.run(COMMAND, sys.argv[1:])

@@ -36,8 +36,8 @@ def norms() -> dict[str, Function]:
         "keras.ops.moments": lambda x: batch(x, *keras.ops.moments(x, 0)),
         "keras.ops.mean, keras.ops.var": lambda x: batch(x, keras.ops.mean(x, 0), keras.ops.var(x, 0)),
         "tf.math.reduce_variance": lambda x: batch(x, tf.reduce_mean(x, 0), tf.math.reduce_variance(x, 0)),
-        "maml.networks.layers.BatchNorm": lambda x: our_batch(x, training=True),
-        "maml.networks.layers.LayerNorm": LayerNorm(dtype="float64"),
+        "maml.BatchNorm": lambda x: our_batch(x, training=True),
+        "maml.LayerNorm": LayerNorm(dtype="float64"),
     }
 
 

@@ -1,6 +1,6 @@
-"""`python -m maml …` is `python main.py …`, wherever it is installed."""
+"""`python -m maml …` is `maml …`, and the command itself starts here."""
 
-from maml.commands.train import run
+from maml.commands.runner import main
 
 if __name__ == "__main__":
-    run()
+    main()

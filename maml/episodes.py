@@ -26,6 +26,21 @@ class Episode(NamedTuple):
     query_y: tf.Tensor
 
 
+class SemiSupervisedEpisode(NamedTuple):
+    """An `Episode` with inputs whose labels nobody tells.
+
+    Fields:
+        support_x, support_y, query_x, query_y: see `Episode`.
+        unlabeled_x: [m, …], of the episode's classes and maybe of others, the distractors.
+    """
+
+    support_x: tf.Tensor
+    support_y: tf.Tensor
+    query_x: tf.Tensor
+    query_y: tf.Tensor
+    unlabeled_x: tf.Tensor
+
+
 class EpisodeSpec(NamedTuple):
     """What is asked of a data set: N ways, K support and Q query examples per class, and the seed."""
 

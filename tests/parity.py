@@ -34,6 +34,7 @@ with runner.silent_start():
 from maml.episodes import Episode
 from maml.runs.build import build_network
 from maml.runs.original import original_names
+from maml.settings.flags import of_settings
 from maml.settings.settings import FLAGS, Settings
 from tests import parity_learners
 from tests.learning import Meta
@@ -60,7 +61,8 @@ class Deviation(NamedTuple):
 
 def settings_of(flag_values: dict) -> Settings:
     """The settings of a case: the flags it names, the original's defaults for the others."""
-    values = {name: FLAGS[name].default for name in Settings.__dataclass_fields__}
+    values = {flag.name: flag.default for flag in of_settings(FLAGS)}
+    values["network"] = "mlp" if flag_values["datasource"] == "sinusoid" else "conv4"
     values |= {name: value for name, value in flag_values.items() if name in values}
     values["norm"] = str(values["norm"])
     values["num_query"] = values["test_num_query"] = values["update_batch_size"]

@@ -31,7 +31,7 @@ def errors(folder: pathlib.Path, name: str) -> dict[str, float]:
     """{quantity: relative error} of a case."""
     checks = registry()
     prefix = max((prefix for prefix in checks if name.startswith(prefix)), key=len)
-    return checks[prefix](parity_cases.load(folder, name))
+    return checks[prefix](parity_cases.Case.load(folder / f"{name}.json"))
 
 
 def check_case(folder: pathlib.Path, name: str) -> tuple[bool, str]:

@@ -162,7 +162,7 @@ def test_no_steps_take_the_statistics_alone_and_a_wild_step_is_told():
     np.testing.assert_allclose(adapted(x), needed, rtol=1e-5, atol=1e-6)
     with pytest.raises(Failure, match="not finite after 5 steps of α = 1e"):
         learner.adapt(x, y, steps=5)
-    with pytest.raises(UserError, match="steps=-1, needed a whole number of 0 or more"):
+    with pytest.raises(UserError, match="expected steps to be a whole number of 0 or more, got -1"):
         learner.adapt(x, y, steps=-1)
 
 

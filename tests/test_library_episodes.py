@@ -144,9 +144,9 @@ def test_other_mistakes_are_told():
         learner.evaluate(Sinusoid(), tasks=1, spec=EpisodeSpec(1, 5, 5, 0))
     with pytest.raises(UserError, match="episodes: found int, needed a list"):
         learner.fit(7, iterations=1)
-    with pytest.raises(UserError, match=r"found iterations=1000\.0, needed a whole number of 1 or more"):
+    with pytest.raises(UserError, match=r"expected iterations to be .* got 1000\.0"):
         learner.fit([task], iterations=1e3)
-    with pytest.raises(UserError, match="found inner_steps=0"):
+    with pytest.raises(UserError, match=r"expected inner_steps to be .* got 0"):
         Learner(learner.model, LOGITS, inner_lr=0.1, inner_steps=0)
-    with pytest.raises(UserError, match="found inner_lr=0, needed a step size above 0"):
+    with pytest.raises(UserError, match="expected inner_lr to be a finite number above 0, got 0"):
         Learner(learner.model, LOGITS, inner_lr=0)

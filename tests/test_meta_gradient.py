@@ -175,7 +175,7 @@ def _moments(x: tf.Tensor, axis: int, epsilon: float) -> tf.Tensor:
 @pytest.mark.parametrize("norm", ["batch_norm", "layer_norm"])
 @pytest.mark.parametrize("name", ["conv_strided", "mlp_images"])
 def test_these_tests_would_notice_the_moments_of_tensorflow(name, norm, monkeypatch):
-    monkeypatch.setattr("maml.networks.standardise.standardise", _moments)
+    monkeypatch.setattr("maml.networks.layers.standardise", _moments)
     worst = {}
     for first_order in (False, True):
         rng = np.random.default_rng(SEED)

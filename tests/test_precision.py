@@ -6,11 +6,11 @@ import pytest
 import keras  # isort: skip
 import tensorflow as tf  # isort: skip
 
-from maml.datasets import table
 from maml.episodes import EpisodeSpec
 from maml.networks.conv4 import conv4
 from maml.networks.mlp import mlp
 from maml.runs import build
+from maml.runs import data as run_data
 from maml.settings.settings import parse
 from maml.training import devices
 from maml.training.task_map import TaskMap
@@ -50,7 +50,7 @@ def sinusoid(*flags: str) -> tuple[Meta, tf.Tensor]:
     """A learner with the weights of seed 0, and a block of 500 meta-batches."""
     settings = parse([*flags, "--update_batch_size=10", "--update_lr=0.01"])
     keras.utils.set_random_seed(0)
-    data = table.load_data(settings)
+    data = run_data.load_data(settings)
     episodes = data.sample(EpisodeSpec(5, 10, 10, 0), "train", tf.range(500 * 25, dtype=tf.int64))
     block = tf.nest.map_structure(lambda field: tf.reshape(field, (500, 25, *field.shape[1:])), episodes)
     return Meta.built(settings, build.build_network(settings, (1,))), block

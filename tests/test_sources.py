@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from maml.datasets import folder, omniglot
+from maml.datasets import tfds as tfds_module
 from maml.datasets.image_classes import ImageClasses
 from maml.datasets.images import decode
 from maml.episodes import SPLITS, EpisodeSpec
@@ -88,7 +89,7 @@ def test_omniglot_is_the_same_from_tensorflow_datasets(unpacked, expected, tmp_p
             inside.symlink_to(unpacked / "omniglot" / part)
         folders[key] = str(inside.parent)
     monkeypatch.setattr(tfds.download.DownloadManager, "download_and_extract", lambda *_: folders)
-    monkeypatch.setattr(omniglot.socket, "create_connection", lambda *_, **__: io.BytesIO())
+    monkeypatch.setattr(tfds_module.socket, "create_connection", lambda *_, **__: io.BytesIO())
     (tmp_path / "data").mkdir()
     assert checksum(omniglot.load_omniglot(tmp_path / "data", 0)) == expected
     assert os.listdir(tmp_path / "data") == ["omniglot"]
@@ -162,8 +163,8 @@ def test_without_omniglot_and_network_all_forms_are_named(tmp_path, monkeypatch)
     def offline(*_, **__) -> None:
         raise OSError("no network")
 
-    monkeypatch.setattr(omniglot.socket, "create_connection", offline)
-    monkeypatch.setattr(omniglot.urllib.request, "getproxies", dict)
+    monkeypatch.setattr(tfds_module.socket, "create_connection", offline)
+    monkeypatch.setattr(tfds_module.urllib.request, "getproxies", dict)
     with pytest.raises(UserError, match=r"images_background\.zip not found.*no network.*omniglot_resized"):
         omniglot.load_omniglot(tmp_path, 0)
     assert not list(tmp_path.iterdir())

@@ -15,11 +15,11 @@ from tensorboard.backend.event_processing.event_file_loader import EventFileLoad
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from tensorboard.util.tensor_util import make_ndarray
 
-from maml.datasets import table
 from maml.datasets.image_classes import ClassImages, ImageClasses
 from maml.episodes import Episode, EpisodeSpec
 from maml.reports import episode_pictures, tensorboard
 from maml.runs import build, results
+from maml.runs import data as run_data
 from maml.runs.folder import Run
 from maml.runs.train import train, validation_row
 from maml.settings.settings import parse
@@ -65,7 +65,7 @@ def begun(logdir: pathlib.Path, *flags: str) -> tuple:
     settings = parse([f"--logdir={logdir}", *FLAGS, *flags])
     keras.utils.set_random_seed(0)
     learner = Meta.built(settings, build.build_network(settings, (1,)))
-    run, data = Run(settings, learner.phases), table.load_data(settings)
+    run, data = Run(settings, learner.phases), run_data.load_data(settings)
     run.begin(data.sample(build.train_spec(settings), "train", tf.zeros(1, tf.int64)))
     tensorboard.begin(run, data, settings, "this machine")
     return settings, learner, data, run

@@ -1,4 +1,4 @@
-"""Runs of `main.py` in processes of their own, for the commands that need many of them."""
+"""Runs in processes of their own, for the commands that need many of them."""
 
 import contextlib
 import signal

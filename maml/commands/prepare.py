@@ -1,37 +1,15 @@
-"""Prepares a data set ahead of training: `maml prepare miniimagenet --data_dir=DIR`.
+"""Prepares a data set ahead of training."""
 
-Reads, checks and decodes its images once, into the cache that every later run opens in a moment.
-Training does the same where it is needed; this does it without a network, on any machine.
-"""
-
-from maml.commands import runner
-from maml.errors import UserError
-from maml.settings.settings import FLAGS, resolve
-
-PREPARABLE = ("miniimagenet", "omniglot", "folder")
+from maml.datasets.images import cache
+from maml.runs.data import load_data
+from maml.settings.settings import Settings
 
 
-def prepare(operands: list[str]) -> None:
-    """Builds the cache of the data set that the command line names, and says what is in it."""
-    (name,) = operands
-    if name not in PREPARABLE:
-        raise UserError(
-            f"found {name}, needed one of {', '.join(PREPARABLE)}; the sinusoid needs no preparing."
-        )
-    FLAGS.datasource = name
-    settings, _ = resolve()
-    with runner.silent_start():
-        from maml.datasets import table
-        from maml.datasets.images import cache
-
-    data = table.load_data(settings)
+def prepare(settings: Settings) -> None:
+    """Builds the cache of the data set, and prints what is in it."""
+    data = load_data(settings)
     print(f"{data.name} is prepared, in {cache.cache_dir()}:")
     for split, classes in data.splits.items():
         few, many = classes.counts.min(), classes.counts.max()
         each = f"{few}" if few == many else f"{few} to {many}"
         print(f"  {split:5} {len(classes.names):5} classes of {each} images")
-
-
-def run() -> None:
-    """Entry point: prepares the data set and exits."""
-    runner.run(prepare, operands=f"data set ({', '.join(PREPARABLE)})", topics=("Task and data",))

@@ -1,35 +1,22 @@
-"""One trained model under every protocol: `maml protocol RUN --test_set --num_test_tasks=6000`.
-
-The spread between published re-runs of MAML is protocol. This measures one run under all of them side by
-side: the newest and the best validated checkpoint, 1, 5, 15 and the run's own query examples per class, batch
-norm over the query set (transductive) and by the support set's statistics, few steps and many. The settings
-are those of the run folder, then those of the command line; every figure is the one that
-`main.py --train=False` gives with the same switches.
-"""
+"""Tests one trained model under every protocol."""
 
 import dataclasses
-import pathlib
 import shlex
 import sys
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
-from maml.commands import runner
+import tensorflow as tf
+from tqdm import tqdm
+
+from maml.episodes import Episode, EpisodeSource, EpisodeSpec
 from maml.errors import UserError
-from maml.runs import files, results
-from maml.runs.load import TRIED, test_settings
-from maml.settings import jobs
-from maml.settings.flags import CHECKPOINTS
-from maml.settings.settings import FLAGS, Settings
-from maml.training import evaluate
-
-if TYPE_CHECKING:
-    import tensorflow as tf
-    from tqdm import tqdm
-
-    from maml.episodes import Episode, EpisodeSource, EpisodeSpec
-    from maml.training.evaluate import TestResult
-    from maml.training.loop import Phase
-
+from maml.runs import build, files, results
+from maml.runs.data import first_episode, load_data
+from maml.runs.folder import Run
+from maml.settings.settings import CHECKPOINTS, Settings
+from maml.training import devices, evaluate
+from maml.training.evaluate import TestResult, series
+from maml.training.loop import Phase
 
 QUERIES = (1, 5, 15)  # per class: the original's at 1-shot, a cheap one, the usual one
 FIRST_TASKS = 600  # as many as the paper and most others test on
@@ -52,26 +39,24 @@ class Variant(NamedTuple):
 class _Counted:
     """A data set that moves a progress bar on by the episodes drawn from it."""
 
-    def __init__(self, data: "EpisodeSource", bar: "tqdm"):
+    def __init__(self, data: EpisodeSource, bar: tqdm):
         self._data, self._bar = data, bar
 
-    def check(self, spec: "EpisodeSpec", split: str) -> None:
+    def check(self, spec: EpisodeSpec, split: str) -> None:
         self._data.check(spec, split)
 
-    def sample(self, spec: "EpisodeSpec", split: str, indices: "tf.Tensor") -> "Episode":
+    def sample(self, spec: EpisodeSpec, split: str, indices: tf.Tensor) -> Episode:
         episodes = self._data.sample(spec, split, indices)
         self._bar.update(len(indices))
         return episodes
 
 
-def queries_that_fit(settings: Settings, data: "EpisodeSource") -> list[int]:
+def queries_that_fit(settings: Settings, data: EpisodeSource) -> list[int]:
     """The numbers of query examples per class to try, ascending; the others are left out aloud.
 
     Raises:
         UserError: if not even the smallest fits the data set.
     """
-    from maml.runs import build
-
     fitting: list[int] = []
     for query in sorted({*QUERIES, settings.test_num_query}):
         spec = build.test_spec(dataclasses.replace(settings, test_num_query=query))
@@ -86,14 +71,12 @@ def queries_that_fit(settings: Settings, data: "EpisodeSource") -> list[int]:
     return fitting
 
 
-def checkpoints(settings: Settings, phases: "list[Phase]") -> dict[int, list[str]]:
+def checkpoints(settings: Settings, phases: list[Phase]) -> dict[int, list[str]]:
     """The checkpoints to try: {iteration: ["newest"], ["best"] or both}; a best one not known is said aloud.
 
     Raises:
         UserError: if the newest is not there, unreadable, or of other settings.
     """
-    from maml.runs.folder import Run
-
     found: dict[int, list[str]] = {}
     for kind in CHECKPOINTS:
         folder = Run(dataclasses.replace(settings, checkpoint=kind), phases)
@@ -141,7 +124,6 @@ def task_counts(settings: Settings) -> list[int]:
 def head(settings: Settings) -> str:
     """What is measured, and the names of the table's columns."""
     split = {"val": "meta-validation", "test": "meta-test"}[settings.split]
-    order = "first" if settings.stop_grad else "second"
     measure = evaluate.SHOWN["accuracy" if settings.classification else "loss"][2]
     columns = [
         f"{step} step{'s' * (step > 1)}" + (f", {tasks} tasks" if len(task_counts(settings)) > 1 else "")
@@ -153,7 +135,7 @@ def head(settings: Settings) -> str:
         [
             f"{settings.run_dir}: {settings.datasource} {settings.task}"
             + (f", {settings.baseline}" if settings.baseline else "")
-            + f", {settings.num_test_tasks} {split} tasks, seed {settings.seed}, {order} order, "
+            + f", {settings.num_test_tasks} {split} tasks, seed {settings.seed}, {settings.method}, "
             f"α {settings.update_lr:g}",
             f"{measure} ± 95 % CI on the query set",
             _line("checkpoint", queries, "batch norm", columns),
@@ -161,10 +143,8 @@ def head(settings: Settings) -> str:
     )
 
 
-def line(variant: Variant, result: "TestResult") -> str:
+def line(variant: Variant, result: TestResult) -> str:
     """The table's row of a protocol."""
-    from maml.training.evaluate import series
-
     settings = variant.settings
     scale, digits, _ = evaluate.SHOWN[result.measure]
     cells = []
@@ -180,15 +160,13 @@ def line(variant: Variant, result: "TestResult") -> str:
     )
 
 
-def as_csv(measured: list[tuple[Variant, "TestResult"]], device: str) -> str:
+def as_csv(measured: list[tuple[Variant, TestResult]], device: str) -> str:
     """One row per protocol and step 0…n, each with the whole protocol; all on the query sets.
 
     Args:
         measured: the protocols and what was found under them, at least one.
         device: what it ran on, in words.
     """
-    from maml.training.evaluate import series
-
     rows = []
     for (settings, iteration, checkpoint), result in measured:
         for tasks in task_counts(settings):
@@ -198,42 +176,30 @@ def as_csv(measured: list[tuple[Variant, "TestResult"]], device: str) -> str:
                 rows.append(
                     {**protocol, "iterations": iteration, "measure": result.measure, "on": "query"}
                     | {"step": step, "mean": float(mean), "std": float(std), "ci95": float(ci95)}
-                    | {"command": shlex.join(sys.argv), "device": device}
+                    | {"command": shlex.join(["maml", *sys.argv[1:]]), "device": device}
                 )
     return files.csv_text(rows)
 
 
 def _steps(settings: Settings) -> list[int]:
     """The inner steps shown: as many as in training, and as many as in the test."""
-    most = settings.test_num_updates
-    return sorted({min(settings.num_updates, most), most})
+    most = settings.tested_steps
+    return sorted({min(settings.trained_steps, most), most})
 
 
 def _line(checkpoint: str, queries: str, statistics: str, cells: list[str]) -> str:
     return f"{checkpoint:<20}  {queries:>13}  {statistics:<13}" + "".join(f"  {cell:>20}" for cell in cells)
 
 
-def _work(operands: list[str]) -> None:
-    for name in TRIED:
-        if FLAGS[name].present:
-            raise UserError(f"--{name}: found it given; this command tries or knows them all. Drop it.")
-    settings = test_settings(pathlib.Path(operands[0]), jobs.given_flags())
-    with runner.silent_start():
-        import tensorflow as tf
-        from tqdm import tqdm
-
-    from maml.datasets import table
-    from maml.runs import build
-    from maml.runs.folder import Run
-    from maml.training import devices, evaluate
-
+def measure(settings: Settings) -> None:
+    """Tests the run of the settings under every protocol; prints and writes a table."""
     # Each number of queries is another shape, of which TensorFlow would warn where the tasks are few.
     tf.get_logger().setLevel("ERROR")
     device = devices.use(settings).description
-    data = table.load_data(settings)
+    data = load_data(settings)
     queries = queries_that_fit(settings, data)
     spec = build.test_spec(dataclasses.replace(settings, test_num_query=queries[0]))
-    one = table.first_episode(data, spec, settings.split)
+    one = first_episode(data, spec, settings.split)
     phases = build.build_training(settings, build.build_network(settings, one.support_x.shape[2:]))
     todo = variants(settings, checkpoints(settings, phases), queries)
 
@@ -249,7 +215,7 @@ def _work(operands: list[str]) -> None:
                 build.test_spec(variant.settings),
                 settings.split,
                 tasks=settings.num_test_tasks,
-                steps=settings.test_num_updates,
+                steps=settings.tested_steps,
                 transductive=variant.settings.transductive,
             )
             measured.append((variant, result))
@@ -258,8 +224,3 @@ def _work(operands: list[str]) -> None:
     path = settings.run_dir / f"protocol_{settings.split}.csv"
     files.write_whole(path, as_csv(measured, device))
     print(f"wrote {path}")
-
-
-def run() -> None:
-    """Entry point: tests the run and exits."""
-    runner.run(_work, operands="run folder", topics=("Test protocol",))

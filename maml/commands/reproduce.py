@@ -1,16 +1,9 @@
-"""The paper's experiments: `maml reproduce [CELL …]`, all of them or those named.
-
-A cell is a flagfile in `flags/`. Each is trained if it is missing, gone on with if it is unfinished,
-and tested; a page, a table and figures are written to `results/` after each. Flags of `main.py` given
-here hold for every cell (`--num_test_tasks=6000`, `--logdir=…`).
-"""
+"""Runs the paper's experiments, and writes a page, a table and figures."""
 
 import pathlib
 from collections.abc import Sequence
 
-from absl import flags
-
-from maml.commands import launch, runner
+from maml.commands import launch
 from maml.errors import UserError
 from maml.reports import results_page
 from maml.reports.published import CELLS
@@ -32,14 +25,14 @@ def job(cell: str, scale: float, overrides: Sequence[str] = ()) -> Job:
     Args:
         cell: its name.
         scale: of its iterations.
-        overrides: arguments of `main.py` that are stronger than the cell's flagfile.
+        overrides: arguments of a run that are stronger than the cell's flagfile.
 
     Raises:
-        UserError: if `main.py` would refuse them.
+        UserError: if `maml` would refuse them.
     """
     asked = parse([f"--flagfile={flagfile(cell)}", *overrides])
     arguments = [f"--flagfile={flagfile(cell)}", *overrides]
-    if asked.datasource == "folder":
+    if asked.dataset.is_data_dir:
         # The flagfile says which photographs; the command line, in which folder all data are.
         given = parse(overrides).data_dir
         own = pathlib.Path(parse([f"--flagfile={flagfile(cell)}"]).data_dir)
@@ -100,32 +93,18 @@ def _further(job: Job) -> int | None:
     return trained if trained > settings.iterations else None
 
 
-def _work(operands: list[str]) -> None:
-    unknown = [cell for cell in operands if cell not in CELLS]
-    if unknown:
-        raise UserError(f"found {', '.join(unknown)}; the cells are {', '.join(CELLS)}.")
+def reproduce_asked(cells: list[str]) -> None:
+    """Runs the cells that the command line names, or all, as its flags say."""
+    if unknown := [cell for cell in cells if cell not in CELLS]:
+        raise UserError(f"expected cells ({', '.join(CELLS)}), got {', '.join(unknown)}.")
     if not 0 < FLAGS.scale <= 1:
-        raise UserError(f"found --scale={FLAGS.scale}, needed more than 0 and at most 1.")
-    results_dir = pathlib.Path(FLAGS.results_dir)
+        raise UserError(f"expected a number above 0 and at most 1, got --scale={FLAGS.scale}.")
+    results_dir = pathlib.Path(FLAGS.results_dir or "results")
     try:
         results_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--results_dir: cannot write to {results_dir} ({error.strerror}).") from error
-    asked = operands or list(CELLS)
-    failures = reproduce(asked, scale=FLAGS.scale, seeds=FLAGS.seeds, results_dir=results_dir)
+    failures = reproduce(cells or list(CELLS), scale=FLAGS.scale, seeds=FLAGS.seeds, results_dir=results_dir)
     print(f"\nwrote {results_dir / 'RESULTS.md'}, results.csv and the figures in {results_dir}")
     if failures:
         raise UserError("not all cells could be run:\n  " + "\n  ".join(failures))
-
-
-def run() -> None:
-    """Entry point: reproduces the cells and exits."""
-    flags.DEFINE_float("scale", 1.0, "runs every cell for this part of its iterations")
-    flags.DEFINE_integer("seeds", 1, "runs of each cell, with seeds 0, 1, …", lower_bound=1)
-    flags.DEFINE_string("results_dir", "results", "folder for RESULTS.md, results.csv and the figures")
-    runner.run(
-        _work,
-        operands="cells",
-        any_number=True,
-        interrupted="interrupted; the same command goes on where it stopped",
-    )

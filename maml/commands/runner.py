@@ -1,75 +1,86 @@
-"""What every command shares: flags in, one line per mistake, an exit code out; and being interrupted."""
+"""The frame of every command: flags in, one line per mistake, an exit code out; and interruptions."""
 
+import faulthandler
+import functools
+import importlib
+import importlib.metadata
+import platform
 import signal
 import sys
-import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
-from absl import app, flags, logging
+from absl import flags, logging
 
+import maml
+from maml.commands.table import COMMANDS, TRAIN, Command
 from maml.errors import Failure, UserError
 from maml.process import Output, Terminated
 from maml.process import silent_start as silent_start
 from maml.settings import help, parsing
-from maml.settings.flags import TOPICS
+from maml.settings.flags import define_own, of_settings, read, topics
 from maml.settings.settings import FLAGS
 
 DONE, FAILED, BAD_INPUT = 0, 1, 2
-# As shells have it.
-INTERRUPTED, TERMINATED, UNHEARD = (128 + n for n in (signal.SIGINT, signal.SIGTERM, signal.SIGPIPE))
+# As shells have it: 128 + SIGINT, SIGTERM, SIGPIPE, the last of which Windows has not.
+INTERRUPTED, TERMINATED, UNHEARD = 130, 143, 141
+OWN_TOPIC = "Of this command"
 
 
-def run(
-    work: Callable[[list[str]], None],
-    *,
-    operands: str = "",
-    any_number: bool = False,
-    interrupted: str = "interrupted",
-    usage: str | None = None,
-    topics: Sequence[str] = tuple(TOPICS),
-    commands: Mapping[str, str] = types.MappingProxyType({}),
-) -> None:
+def main() -> None:
+    """Entry point of `maml`: does what the command named first is for, or trains, and exits."""
+    arguments = sys.argv[1:]
+    if arguments[:1] == ["help"]:
+        arguments = [*arguments[1:], "--help"]
+    named = bool(arguments) and arguments[0] in COMMANDS
+    run(COMMANDS[arguments[0] if named else TRAIN], arguments[1:] if named else arguments, named=named)
+
+
+def run(command: Command, arguments: Sequence[str], *, named: bool = True) -> None:
     """Parses the flags, does the work and exits.
 
     Args:
-        work: is given the arguments that are not flags.
-        operands: what these are, for the message where there are none; "": there may be none.
-        any_number: of operands, from none; else just one.
-        interrupted: said after Ctrl-C or SIGTERM, unless the exception says more.
-        usage: the first paragraphs of the help (default: the docstring of the module of `work`).
-        topics: of the flags of `main.py` that the help shows, after those of the module itself.
-        commands: for the help, and for what is said of one that is mistyped.
+        command: see `Command`.
+        arguments: without the program's and the command's names.
+        named: whether the command was; else the first argument may be a mistyped one.
 
     Exit codes: 0 done, 1 failed on the way (disk, numbers), 2 bad input, 130 Ctrl-C, 143 SIGTERM, 141 the
     reader of its output has gone (`| head`).
     """
 
-    def main(arguments: list[str]) -> int:
-        if not FLAGS["verbosity"].present:
-            logging.set_verbosity(logging.WARNING)
-        try:
-            work(arguments[1:])
-            print(end="", flush=True)  # while it still matters whether that can be
-        except (UserError, Failure) as error:
-            print(f"error: {error}", file=sys.stderr)
-            return BAD_INPUT if isinstance(error, UserError) else FAILED
-        except KeyboardInterrupt as stopped:
-            return _stopped(str(stopped), interrupted, isinstance(stopped, Terminated))
-        return DONE
-
-    def parse(arguments: list[str]) -> list[str]:
-        _define_help(usage or sys.modules[work.__module__].__doc__, topics, commands)
-        return _parse(arguments, operands, any_number, commands)
-
     def terminated(*_) -> None:
         raise Terminated
 
     signal.signal(signal.SIGTERM, terminated)
+    faulthandler.enable()
     with Output.watched():
-        try:
-            app.run(main, flags_parser=parse)
-        except KeyboardInterrupt as stopped:  # while it read the flags, or showed the help
-            sys.exit(_stopped("", "", isinstance(stopped, Terminated)))
+        sys.exit(_exit_code(command, arguments, named))
+
+
+def _exit_code(command: Command, arguments: Sequence[str], named: bool) -> int:
+    interrupted = ""  # nothing to be said while the flags are read, or the help is shown
+    try:
+        operands = _parse(command, arguments, named)
+        interrupted = command.interrupted
+        if not FLAGS["verbosity"].present:
+            logging.set_verbosity(logging.WARNING)
+        asked = _load(command.check)(operands) if command.check else operands
+        _load(command.work)(asked)
+        print(end="", flush=True)  # while it still matters whether that can be
+    except (UserError, Failure) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return BAD_INPUT if isinstance(error, UserError) else FAILED
+    except KeyboardInterrupt as stopped:
+        return _stopped(str(stopped), interrupted, isinstance(stopped, Terminated))
+    return DONE
+
+
+def _load(work: str | Callable) -> Callable:
+    """The one place where commands are imported, and with them TensorFlow, which takes seconds."""
+    if callable(work):
+        return work
+    module, _, function = work.partition(":")
+    with silent_start():
+        return getattr(importlib.import_module(module), function)
 
 
 def _stopped(said: str, otherwise: str, terminated: bool) -> int:
@@ -86,27 +97,44 @@ def _stopped(said: str, otherwise: str, terminated: bool) -> int:
     return FAILED
 
 
-def _define_help(usage: str, topics: Sequence[str], commands: Mapping[str, str]) -> None:
-    """Puts our help in the place of absl's."""
-    here = FLAGS.flags_by_module_dict().get(sys.argv[0], [])  # so absl calls the module that is run
-    own = [flag.name for flag in here]
+# --- Flags and help -------------------------------------------------------------------------------------
 
-    def short() -> str:
-        return help.page(usage, FLAGS, own, topics, commands)
 
-    for name, shown, letter in (
-        ("help", short, "?"),
-        ("helpshort", short, None),
-        ("helpfull", FLAGS.get_help, None),
+def _parse(command: Command, arguments: Sequence[str], named: bool) -> list[str]:
+    """Parses the flags; returns the operands.
+
+    Raises:
+        UserError: for a mistake in them.
+    """
+    define_own(FLAGS, OWN_TOPIC, *command.flags)
+    for name, value in command.defaults.items():
+        FLAGS.set_default(name, value)
+    page = functools.partial(_page, command)
+    for name, letter, text in (
+        ("help", "h", page),
+        ("helpshort", "?", page),
+        ("helpfull", None, FLAGS.get_help),
+        ("version", None, _version),
     ):
-        flags.DEFINE_flag(_Help(name, shown, letter))
+        flags.DEFINE_flag(_Show(name, letter, text), module_name="maml")
+    try:
+        if not named and arguments and not arguments[0].startswith("-"):
+            raise parsing.no_command(arguments[0], COMMANDS)
+        operands = read(FLAGS, arguments)
+        if command.operands and not command.any_number and len(operands) != 1:
+            raise UserError(f"expected one {command.operands}, got {' '.join(operands) or 'none'}.")
+        if operands and not command.operands:
+            raise parsing.not_flags(operands, () if named else COMMANDS)
+    except UserError as error:
+        raise UserError(f"{error} See --help.") from error
+    return operands
 
 
-class _Help(flags.BooleanFlag):
-    """Shows a text and ends the program."""
+class _Show(flags.BooleanFlag):
+    """Prints a text and ends the program."""
 
-    def __init__(self, name: str, text: Callable[[], str], letter: str | None):
-        super().__init__(name, False, "show the flags", short_name=letter, allow_override=True)
+    def __init__(self, name: str, letter: str | None, text: Callable[[], str]):
+        super().__init__(name, False, "print it, and end", short_name=letter, allow_override=True)
         self._text = text
 
     def parse(self, argument: str | bool | None) -> None:
@@ -116,17 +144,19 @@ class _Help(flags.BooleanFlag):
             sys.exit(DONE)
 
 
-def _parse(arguments: list[str], operands: str, any_number: bool, commands: Mapping[str, str]) -> list[str]:
-    """The program's name and the arguments that are not flags; one line instead of a usage page if wrong."""
-    try:
-        if commands and arguments[1:] and not arguments[1].startswith("-"):
-            raise parsing.no_command(arguments[1], commands)
-        rest = parsing.read(FLAGS, arguments[1:])
-        if operands and not any_number and len(rest) != 1:
-            raise UserError(f"found {' '.join(rest) or 'nothing'}, needed one {operands}.")
-        if rest and not operands:
-            raise parsing.not_flags(rest, commands)
-    except UserError as error:
-        print(f"error: {error} See --helpshort.", file=sys.stderr)
-        sys.exit(BAD_INPUT)
-    return [arguments[0], *rest]
+def _page(command: Command) -> str:
+    found = FLAGS.flags_by_module_dict()
+    shown = {OWN_TOPIC: list(command.flags and found[OWN_TOPIC])}
+    for topic in topics(FLAGS):
+        shown[topic] = [flag for flag in found[topic] if command.shows is None or flag.name in command.shows]
+    origins = dict.fromkeys((flag.name for flag in of_settings(FLAGS)), command.otherwise or None)
+    origins |= dict.fromkeys(command.defaults)
+    abouts = {name: row.about for name, row in COMMANDS.items()} if command is COMMANDS[TRAIN] else {}
+    return help.page(
+        command.usage, {topic: flags for topic, flags in shown.items() if flags}, abouts, origins
+    )
+
+
+def _version() -> str:
+    libraries = (f"{name} {importlib.metadata.version(name)}" for name in ("tensorflow", "keras"))
+    return ", ".join([f"maml {maml.__version__}", *libraries, f"Python {platform.python_version()}"])

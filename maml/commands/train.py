@@ -1,81 +1,41 @@
-"""The command line: `python main.py …` and, installed, `maml …`."""
+"""Trains and tests a run."""
 
-import importlib
 import shlex
-import sys
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
 
-from maml.commands import runner
+import keras
+
+from maml.episodes import EpisodeSource
 from maml.errors import UserError
-from maml.settings.help import program
-from maml.settings.settings import RANDOM, Settings, resolve
-
-if TYPE_CHECKING:
-    import keras
-
-    from maml.episodes import EpisodeSource
-    from maml.learners.base import Algorithm
-    from maml.runs.folder import Run
-    from maml.training.devices import Machine
-
-
-USAGE = """usage: {program} [COMMAND] [--flag=value …]
-
-    {program}
-        trains on sinusoids, and tests
-    {program} --datasource=omniglot --num_classes=5 --update_batch_size=1
-        the same for 5-way 1-shot Omniglot
-
-In brackets: the default; "paper's" is the paper's value for the data set, as far as it gives one.
-"""
-COMMANDS = {
-    "adapt": "adapts a trained network to your own images, and names others",
-    "prepare": "reads and decodes a data set ahead of training",
-    "protocol": "tests one run under every protocol",
-    "reproduce": "runs the paper's experiments; a page of results",
-    "show_episodes": "draws episodes as the network is given them",
-    "sweep": "a run for every value of a grid of flags",
-}
-RESUMABLE = "stopped; the same command goes on from the last checkpoint"
+from maml.learners.base import Algorithm
+from maml.reports import sinusoid_fits, tensorboard, test_table
+from maml.runs import build, results
+from maml.runs import train as training
+from maml.runs.data import first_episode, load_data
+from maml.runs.folder import Run
+from maml.settings.own import DEFAULT_LEARNER
+from maml.settings.settings import RANDOM, Settings
+from maml.training import devices, evaluate
 
 
-def run() -> None:
-    """Entry point: trains and tests as the flags say, or hands over to the command named first, and exits."""
-    name = sys.argv[1] if len(sys.argv) > 1 else ""
-    if name in COMMANDS:
-        del sys.argv[1]
-        importlib.import_module(f"maml.commands.{name}").run()
-    else:
-        usage = USAGE.format(program=program())
-        runner.run(_work, interrupted=RESUMABLE, usage=usage, commands=COMMANDS)
+def train(asked: tuple[Settings, dict[str, object]]) -> None:
+    """Trains and tests.
 
-
-def _work(_: list[str]) -> None:
-    settings, from_paper = resolve()
-    # TensorFlow takes seconds to import: only once the flags are known to be good.
-    with runner.silent_start():
-        from maml.training import devices
-
+    Args:
+        asked: the settings, and those of them that the paper gives.
+    """
+    settings, from_paper = asked
     machine = devices.use(settings)
     with machine.quiet_unless_chief():
         print(_header(settings, from_paper, machine.description), flush=True)
         _train_and_test(settings, machine)
 
 
-def _train_and_test(settings: Settings, machine: "Machine") -> None:
-    with runner.silent_start():
-        import keras
-
-    from maml.datasets import table
-    from maml.reports import tensorboard
-    from maml.runs import build
-    from maml.runs.folder import Run
-    from maml.runs.train import train
-
+def _train_and_test(settings: Settings, machine: devices.Machine) -> None:
     keras.utils.set_random_seed(settings.seed)
-    data = table.load_data(settings)
+    data = load_data(settings)
     try:
-        tested = table.first_episode(data, build.test_spec(settings), settings.split)
+        tested = first_episode(data, build.test_spec(settings), settings.split)
     except UserError as error:
         other = "" if settings.test_set else " Or test on the meta-test classes: --test_set."
         raise UserError(f"{error}{other}") from error
@@ -87,14 +47,14 @@ def _train_and_test(settings: Settings, machine: "Machine") -> None:
     if settings.train:
         if settings.init_from and settings.init_from != RANDOM:
             folder.begin_from(network)
-        folder.begin(table.first_episode(data, build.train_spec(settings), "train"))
+        folder.begin(first_episode(data, build.train_spec(settings), "train"))
         machine.check_together(folder.iteration)
         if int(folder.iteration):
             print(f"resumed from iteration {int(folder.iteration)} of {settings.iterations}", flush=True)
         if machine.chief:
             tensorboard.begin(folder, data, settings, machine.description)
         watcher = tensorboard.Watcher(folder, data, phases[-1].outer.algorithm)
-        train(settings, phases, data, folder, watcher)
+        training.train(settings, phases, data, folder, watcher)
         folder.end()
     if machine.chief:
         if not settings.train or settings.checkpoint == "best":
@@ -102,26 +62,17 @@ def _train_and_test(settings: Settings, machine: "Machine") -> None:
         _test(settings, phases[-1].outer.algorithm, data, folder, machine.description)
 
 
-def _test(
-    settings: Settings, learner: "Algorithm", data: "EpisodeSource", folder: "Run", device: str
-) -> None:
-    from maml.reports import sinusoid_fits, tensorboard, test_table
-    from maml.runs import build, results
-    from maml.training import evaluate
-
+def _test(settings: Settings, learner: Algorithm, data: EpisodeSource, folder: Run, device: str) -> None:
     iteration, spec = int(folder.iteration), build.test_spec(settings)
-    print(
-        f"testing iteration {iteration} on {settings.num_test_tasks} tasks, "
-        f"{settings.test_num_updates} steps each",
-        flush=True,
-    )
+    steps = f", {settings.tested_steps} steps each" * bool(settings.tested_steps)
+    print(f"testing iteration {iteration} on {settings.num_test_tasks} tasks{steps}", flush=True)
     result = evaluate.measure_tasks(
         learner,
         data,
         spec,
         settings.split,
         tasks=settings.num_test_tasks,
-        steps=settings.test_num_updates,
+        steps=settings.tested_steps,
         transductive=settings.transductive,
         progress=True,
     )
@@ -130,7 +81,7 @@ def _test(
         written = [results.write(settings, result, iteration, device).name, "results.json"]
         if not settings.classification:
             picture = folder.dir / "fits.png"
-            sinusoid_fits.sinusoid_fits(picture, learner, data, spec, steps=settings.test_num_updates)
+            sinusoid_fits.sinusoid_fits(picture, learner, data, spec, steps=settings.tested_steps)
             written.append(picture.name)
     tensorboard.show_tests(folder)
     print("\n".join([f"wrote {', '.join(written)} in {folder.dir}", *_next(settings)]))
@@ -140,45 +91,58 @@ def _header(settings: Settings, from_paper: dict[str, object], devices: str) -> 
     """What runs on what, but for the network, which depends on the data."""
     way = settings.num_classes if settings.classification else 1
     support, query = way * settings.update_batch_size, way * settings.num_query
-    steps = settings.num_updates if settings.train else settings.test_num_updates
-    order = "first" if settings.stop_grad else "second"
-    inner = (
-        f"{steps} step{'s' * (steps > 1)} of α = {settings.update_lr:g} on N·K = {support} support examples"
-    )
-    lines = [
-        f"maml: {settings.datasource} {settings.task} on {devices}",
-        _line("inner loop", f"{inner}, {order} order" if settings.train else inner),
-    ]
+    steps = settings.trained_steps if settings.train else settings.tested_steps
+    lines = [f"{settings.learner}: {settings.datasource} {settings.task} on {devices}"]
+    if steps:
+        inner = f"{steps} step{'s' * (steps > 1)} of α = {settings.update_lr:g} on N·K = {support} support"
+        inner += " examples"
+        if settings.train and settings.learner == DEFAULT_LEARNER:
+            inner += f", {settings.method}"
+        lines.append(_line("inner loop", inner))
+    if settings.own:
+        lines.append(_line("learner", _values(settings.own)))
     if settings.train:
         joint = f"{settings.pretrain_iterations:,} of joint training, " * bool(settings.pretrain_iterations)
         lines.append(
             _line(
                 "outer loop",
-                f"{joint}{settings.metatrain_iterations:,} iterations of β = {settings.meta_lr:g} on "
-                f"{settings.meta_batch_size} tasks with N·Q = {query} query examples each",
+                f"{joint}{settings.metatrain_iterations:,} iterations of β = {settings.meta_lr:g}"
+                f"{_outer(settings)} on {settings.meta_batch_size} tasks with N·Q = {query} query examples "
+                f"each",
             )
         )
     if from_paper:
-        shown = ", ".join(f"{name}={value}" for name, value in from_paper.items())
-        lines.append(_line("the paper's", f"{shown}, since not given"))
+        unread = () if settings.trained_steps else ("update_lr", "num_updates")
+        shown = {name: value for name, value in from_paper.items() if name not in unread}
+        lines.append(_line("defaults", f"{_values(shown)} (paper)"))
     return "\n".join([*lines, _line("run folder", str(settings.run_dir))])
+
+
+def _values(values: Mapping[str, object]) -> str:
+    return ", ".join(f"{name}={value}" for name, value in values.items())
+
+
+def _outer(settings: Settings) -> str:
+    """Optimizer and schedule, where they are not Adam and constant."""
+    schedule = "" if settings.meta_schedule == "constant" else settings.meta_schedule
+    named = " ".join(filter(None, [schedule, settings.meta_optimizer]))
+    return "" if named in ("", "adam") else f" ({named})"
 
 
 def _line(label: str, text: str) -> str:
     return f"{label:<11}  {text}"
 
 
-def _described(settings: Settings, network: "keras.Model") -> str:
+def _described(settings: Settings, network: keras.Model) -> str:
     """The network in words."""
-    from maml.networks import mlp
-
     norm = {"batch_norm": "batch norm", "layer_norm": "layer norm", "None": "no norm"}[settings.norm]
-    if settings.classification and settings.conv:
+    if settings.network == "conv4":
         smaller = "2×2 max-pooling" if settings.max_pool else "stride 2"
         layers = f"4 convolutions of {settings.num_filters} filters, {smaller}"
+    elif settings.network == "mlp":
+        layers = f"fully connected, {'-'.join(map(str, settings.dataset.hidden))}"
     else:
-        hidden = mlp.MLP_IMAGES if settings.classification else mlp.MLP_SINUSOID
-        layers = f"fully connected, {'-'.join(map(str, hidden))}"
+        layers = settings.network
     return f"{layers}, {norm}; {network.count_params():,} weights"
 
 
@@ -187,7 +151,7 @@ def _next(settings: Settings) -> list[str]:
     lines = []
     if settings.classification and not settings.test_set:
         again = shlex.join([f"--flagfile={settings.run_dir / 'flags'}", "--train=False", "--test_set"])
-        lines.append(f"on the meta-test classes: {program()} {again}")
+        lines.append(f"on the meta-test classes: maml {again}")
     if settings.train and settings.log:
         lines.append(f"curves and pictures: {shlex.join(['tensorboard', f'--logdir={settings.run_dir}'])}")
     return lines

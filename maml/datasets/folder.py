@@ -1,4 +1,4 @@
-"""TODO datasets.folder."""
+"""Photographs in a folder or an archive, a folder for each class: `--datasource=folder`."""
 
 import functools
 import os
@@ -7,7 +7,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from maml.datasets.image_classes import ClassImages, ImageClasses, split_by_seed
+from maml.datasets import class_splits
+from maml.datasets.image_classes import ClassImages, ImageClasses
 from maml.datasets.images import decode
 from maml.datasets.images.archives import ARCHIVES, FileTree, fingerprint, open_tree
 from maml.datasets.images.cache import cached
@@ -21,7 +22,17 @@ OTHER_NAMES = ("readme", "license", "licence", "copying", "citation", "makefile"
 SPLIT_LIKE = (*SPLITS, "training", "valid", "validation", "testing")  # whoever has these means splits
 
 
-# --- Photographs --------------------------------------------------------------------------------------
+def load_folder(
+    data_dir: str | pathlib.Path,
+    *,
+    seed: int = 0,
+    side: int = 84,
+    skip_bad_images: bool = False,
+    class_split: str | pathlib.Path | None = None,
+) -> ImageClasses:
+    """The photographs in a folder or an archive; see `photographs` and `load_photographs`."""
+    source = photographs(data_dir)
+    return load_photographs(source, seed, side, skip_bad_images=skip_bad_images, class_split=class_split)
 
 
 def photographs(path: str | pathlib.Path) -> ImageSource:
@@ -118,10 +129,12 @@ def load_photographs(
     *,
     decode: Callable[..., np.ndarray] = decode.decode_photograph,
     skip_bad_images: bool = False,
+    class_split: str | pathlib.Path | None = None,
 ) -> ImageClasses:
     """Photographs in classes as RGB, `side` pixels square.
 
-    Classes without given splits are shuffled by the seed and split 64 / 16 / 20 %.
+    Classes without given splits are split by lists or, without these, shuffled by the seed and split
+    64 / 16 / 20 %.
 
     Args:
         source: the photographs, for instance of `sources.photographs`.
@@ -129,20 +142,22 @@ def load_photographs(
         side: in pixels.
         decode: turns an image as `ImageFile.read` gives it, and the side, into pixels.
         skip_bad_images: leave out images that cannot be read.
+        class_split: a file or folder of lists; see `class_splits.read_lists`.
 
     Raises:
-        UserError: if there are too few, or bad ones.
+        UserError: if there are too few, or bad ones, or the lists name others.
     """
     decode = functools.partial(decode, side=side)
     splits = cached(source, decode=decode, shape=(side, side, 3), skip_bad_images=skip_bad_images)
     parts = {split: ClassImages.of(images) for split, images in splits.items()}
-    if "all" in parts:
-        n = len(parts["all"].names)
-        if n < len(SPLITS):
-            raise UserError(
-                f"{source.name}: found {n} classes, needed at least 3: one each to train, validate and test "
-                f"on. Add class folders."
-            )
-        val, test = max(1, round(0.16 * n)), max(1, round(0.2 * n))
-        parts = split_by_seed(parts["all"], dict(train=n - val - test, val=val, test=test), seed)
+    if "all" in parts and class_split:
+        lists = class_splits.read_lists(pathlib.Path(class_split))
+        parts = class_splits.by_lists(source.name, parts["all"], lists)
+    elif "all" in parts:
+        parts = class_splits.by_fractions(source.name, parts["all"], seed)
+    elif class_split:
+        raise UserError(
+            f"--class_split: expected class folders alone, got {source.name} with train, val and test. "
+            f"Leave it out, or move the class folders out of these."
+        )
     return ImageClasses(source.name, parts)

@@ -1,4 +1,4 @@
-"""The data sets: the sinusoid, and sets of images in classes. They know nothing of learning."""
+"""Examples in classes, and the episodes that are drawn from them: images, or arrays of any shape."""
 
 import ctypes
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ class ClassImages(NamedTuple):
     """The classes of one split: class c is images[starts[c] : starts[c] + counts[c]].
 
     Fields:
-        images: uint8 [n, H, W, C], in memory or mapped; splits may share one array.
+        images: uint8 [n, H, W, C], in memory or mapped, or numbers [n, …]; splits may share one array.
         names: of the classes.
         starts, counts: int64 [classes].
     """
@@ -47,15 +47,16 @@ class ClassImages(NamedTuple):
 
 
 class ImageClasses:
-    """Images in classes, split into meta-train, -validation and -test classes."""
+    """Images, or other examples, in classes, split into meta-train, -validation and -test classes."""
 
     def __init__(self, name: str, splits: Mapping[str, ClassImages], *, rotations: bool = False):
         """Wraps the images.
 
         Args:
             name: of the data set, for messages.
-            splits: {"train" | "val" | "test": classes}.
-            rotations: turn each class of each episode by a random multiple of 90° (Omniglot).
+            splits: {"train" | "val" | "test": classes}; not all of these are needed.
+            rotations: turn each class of each episode of square images by a random multiple of 90°
+                (Omniglot).
         """
         self.name = name
         self.splits = dict(splits)
@@ -66,12 +67,16 @@ class ImageClasses:
         self._images = {split: tensors[id(classes.images)] for split, classes in self.splits.items()}
 
     def check(self, spec: EpisodeSpec, split: str) -> None:
-        """Raises UserError if the split has too few classes or images."""
-        _, names, _, counts = self.splits[split]
-        needed = spec.shot + spec.query
+        """Raises UserError if the split has too few classes or examples, or is not there."""
+        if split not in self.splits:
+            raise UserError(
+                f"{self.name}: expected {split} classes, got {', '.join(self.splits)} alone. Add a split."
+            )
+        images, names, _, counts = self.splits[split]
+        needed, one = spec.shot + spec.query, "image" if images.ndim == 4 else "example"
         episodes = (
             f"{spec.way}-way {spec.shot}-shot episodes with {spec.query} query "
-            f"{'image' if spec.query == 1 else 'images'} per class"
+            f"{one if spec.query == 1 else f'{one}s'} per class"
         )
         if len(names) < spec.way:
             raise UserError(
@@ -83,13 +88,13 @@ class ImageClasses:
             which = small[np.argmin(counts[small])]
             others = f" ({len(small)} classes have too few)" if len(small) > 1 else ""
             raise UserError(
-                f"{self.name}: {episodes} need {needed} images of every class; found {counts[which]} of "
+                f"{self.name}: {episodes} need {needed} {one}s of every class; found {counts[which]} of "
                 f"{split} class {names[which]}{others}. Lower --update_batch_size or the query "
-                f"images, or remove or fill such classes."
+                f"{one}s, or remove or fill such classes."
             )
 
     def sample(self, spec: EpisodeSpec, split: str, indices: tf.Tensor) -> Episode:
-        """N-way episodes: uint8 images [t, n, H, W, C] and int32 labels [t, n].
+        """N-way episodes: images [t, n, H, W, C], or other examples, as they are, and int32 labels [t, n].
 
         N distinct classes, of each K support and Q query images, all distinct; labels are the
         (random) order in which the classes were drawn; support and query are each shuffled.

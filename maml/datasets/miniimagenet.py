@@ -16,19 +16,19 @@ import os
 import pathlib
 import re
 import tarfile
-import threading
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from maml.datasets.folder import load_photographs
+from maml.datasets.image_classes import ImageClasses
 from maml.datasets.images import pickles
 from maml.datasets.images.archives import read_file, read_part, tar_members
 from maml.datasets.images.decode import open_image, refuse_huge
-from maml.datasets.images.source import ImageFile, ImageSource, LazySplits
+from maml.datasets.images.source import ImageFile, ImageSource, LazySplits, misplaced, one_at_a_time
 from maml.errors import UserError
-from maml.settings.settings import Settings
 
 NAME = "mini-ImageNet"
 FOLDERS = ("miniimagenet", "mini_imagenet", "miniImagenet")  # the last is the original's
@@ -42,13 +42,18 @@ Table = Mapping[str, Mapping[str, Sequence[int]]]
 Splits = Mapping[str, Mapping[str, Sequence[ImageFile]]]
 
 
-def source(settings: Settings) -> ImageSource:
-    """mini-ImageNet from whichever of its forms is in `data_dir`/miniimagenet (or mini_imagenet).
+def load_miniimagenet(
+    data_dir: str | pathlib.Path, *, seed: int = 0, side: int = SIDE, skip_bad_images: bool = False
+) -> ImageClasses:
+    """mini-ImageNet as RGB, `side` pixels square, from whichever of its forms is in `data_dir`.
+
+    It is looked for in the folder miniimagenet (or mini_imagenet) there. See `find`.
 
     Raises:
-        UserError: if there is none, or what there is is not whole.
+        UserError: if there is none, or what there is is not complete.
     """
-    return find([pathlib.Path(settings.data_dir) / folder for folder in FOLDERS])
+    folders = [pathlib.Path(data_dir) / folder for folder in FOLDERS]
+    return load_photographs(find(folders), seed, side, decode=decode, skip_bad_images=skip_bad_images)
 
 
 def decode(raw: bytes | np.ndarray, side: int = SIDE) -> np.ndarray:
@@ -89,11 +94,20 @@ def find(folders: Sequence[pathlib.Path], table: Table | None = None) -> ImageSo
                 f"{NAME}: {error.filename or folder}: found {error.strerror or error}, needed to read it. "
                 f"Check the folder and the rights."
             ) from error
+    missing = f"{NAME}: not found in {' or '.join(map(str, folders))}, but needed."
+    if elsewhere := misplaced(folders, lambda folder: is_form(folder, table)):
+        raise UserError(f"{missing} {elsewhere}")
     raise UserError(
-        f"{NAME}: not found in {' or '.join(map(str, folders))}, but needed. Put there one of: {TAR} "
+        f"{missing} Put there one of: {TAR} "
         f"(image-net.org, 138 GB; it is read as it is); or {', '.join(PICKLES.values())}; or folders "
         f"train/, val/ and test/ of class folders <wnid>/*.jpg. Another place: --data_dir."
     )
+
+
+def is_form(folder: pathlib.Path, table: Table) -> bool:
+    """Whether a folder holds a form of mini-ImageNet, complete or not."""
+    files = (TAR, *PICKLES.values())
+    return any((folder / name).is_file() for name in files) or all((folder / s).is_dir() for s in table)
 
 
 def read_table() -> Table:
@@ -228,7 +242,7 @@ def _pickles(folder: pathlib.Path, table: Table) -> ImageSource:
             f"{NAME}: {folder}: found {len(paths) - len(missing)} of the {len(paths)} files needed; "
             f"missing: {', '.join(missing)}. Put them there."
         )
-    read = _one_at_a_time(_read_pickle)
+    read = one_at_a_time(_read_pickle)
     return ImageSource(
         name=NAME,
         fingerprint=_fingerprint("pkl", [_stamp(path) for path in paths.values()], table),
@@ -256,18 +270,6 @@ def _list_pickle(
         wnid: [ImageFile(f"{path}!image_data[{row:05d}]", lambda row=row: read(path)[0][row]) for row in rows]
         for wnid, rows in classes.items()
     }
-
-
-def _one_at_a_time(read: Callable) -> Callable:
-    """`read`, remembering its last result only: the largest file holds 813 MB of images."""
-    last = functools.lru_cache(maxsize=1)(read)
-    lock = threading.Lock()
-
-    def locked(path: pathlib.Path) -> tuple[np.ndarray, dict[str, list[int]]]:
-        with lock:
-            return last(path)
-
-    return locked
 
 
 def _read_pickle(path: pathlib.Path) -> tuple[np.ndarray, dict[str, list[int]]]:

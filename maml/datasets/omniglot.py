@@ -1,17 +1,11 @@
-"""Where images come from: Omniglot in any of its forms, and any photographs in class folders."""
+"""Omniglot (Lake, Salakhutdinov & Tenenbaum 2015) in any of its forms."""
 
 import functools
-import json
 import pathlib
 import re
-import shutil
-import socket
-import sys
-import tempfile
-import urllib.request
 import warnings
-from collections.abc import Iterator
 
+from maml.datasets import tfds
 from maml.datasets.image_classes import ClassImages, ImageClasses, split_by_seed
 from maml.datasets.images.archives import FileTree, fingerprint, open_tree
 from maml.datasets.images.cache import cached
@@ -26,9 +20,6 @@ DRAWING = re.compile(r"(?:.*/)?([^/]+/character\d+)/[^/]+\.png")
 
 # What Pillow warns of, a damaged or huge file, is either read or refused by name.
 warnings.filterwarnings("ignore", module="PIL")
-
-
-# --- Omniglot -----------------------------------------------------------------------------------------
 
 
 def omniglot(data_dir: str | pathlib.Path) -> ImageSource:
@@ -57,7 +48,8 @@ def omniglot(data_dir: str | pathlib.Path) -> ImageSource:
     for tree in (small, folder):
         if any(tree.glob("*/character*")):
             return _omniglot_source([tree], [OMNIGLOT_CHARACTERS])
-    prepared = _prepared(folder) or _fetched(data_dir)
+    missing = f"Omniglot: {folder / 'images_background'}.zip"
+    prepared = tfds.newest(folder) or tfds.fetched("omniglot", data_dir, missing, _omniglot_forms(data_dir))
     load = functools.partial(_tfds_classes, prepared)
     return ImageSource("Omniglot", fingerprint(prepared), LazySplits(lambda: {"all": load()}))
 
@@ -110,92 +102,16 @@ def _whole_omniglot(classes: dict[str, list[ImageFile]], where: str) -> dict[str
     return classes
 
 
-def _prepared(folder: pathlib.Path) -> pathlib.Path | None:
-    """The newest version that TensorFlow Datasets prepared in the folder."""
-    return max((path.parent for path in folder.glob("*/dataset_info.json")), default=None)
-
-
 def _tfds_classes(folder: pathlib.Path) -> dict[str, list[ImageFile]]:
-    """The classes in a prepared folder; the drawings' names are their places in it."""
-    import tensorflow_datasets as tfds  # takes seconds
-
+    """The classes in a folder that TensorFlow Datasets prepared."""
     classes: dict[str, list[ImageFile]] = {}
-    _refuse_code(folder)
-    try:
-        builder = tfds.builder_from_directory(folder)
+    with tfds.reading(folder) as builder:
         alphabets = builder.info.features["alphabet"].names
-        for split in ("train", "test"):
-            decoders = {"image": tfds.decode.SkipDecoding()}
-            for record in tfds.as_numpy(builder.as_dataset(split=split, decoders=decoders)):
-                character = record["alphabet_char_id"] + 1  # counted from 0 there
-                name = f"{alphabets[record['alphabet']]}/character{character:02d}"
-                files = classes.setdefault(name, [])
-                read = functools.partial(bytes, record["image"])
-                files.append(ImageFile(f"{folder}: {name} no. {len(files):02d}", read))
-    except Exception as error:  # whatever a damaged folder makes of it
-        raise UserError(
-            f"{folder}: not readable by TensorFlow Datasets ({_brief(error)}), needed a prepared data set. "
-            f"Delete the folder and prepare it again."
-        ) from error
+        for record in tfds.records(builder, folder, "image", ("test", "train")):
+            character = record.integers["alphabet_char_id"] + 1  # counted from 0 there
+            name = f"{alphabets[record.integers['alphabet']]}/character{character:02d}"
+            classes.setdefault(name, []).append(record.image)
     return _whole_omniglot(classes, str(folder))
-
-
-def _refuse_code(folder: pathlib.Path) -> None:
-    """Raises UserError if features.json names a class that is not TensorFlow Datasets' own.
-
-    It would import the module of any class that is named there, and so run whatever lies in the folder.
-    """
-
-    def classes(node: object) -> Iterator[object]:
-        children = (
-            node.items() if isinstance(node, dict) else enumerate(node if isinstance(node, list) else ())
-        )
-        for key, child in children:
-            hidden = isinstance(child, str) and "{" in child  # an old form has JSON in its texts
-            if hidden or key in ("pythonClassName", "python_class_name", "type"):
-                yield child
-            yield from classes(child)
-
-    path = folder / "features.json"
-    try:
-        named = list(classes(json.loads(path.read_bytes()))) if path.exists() else []
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: unreadable ({_brief(error)}). Prepare the data set again.") from error
-    if foreign := [name for name in named if not str(name).startswith("tensorflow_datasets.")]:
-        raise UserError(
-            f"{path}: found the class {foreign[0]!r}, needed TensorFlow Datasets' own. It would be run, so "
-            f"it was not loaded. Get the folder from a source that you trust."
-        )
-
-
-def _fetched(data_dir: pathlib.Path) -> pathlib.Path:
-    """Has TensorFlow Datasets download and prepare Omniglot in the folder; leaves nothing if that fails."""
-    missing = f"Omniglot: {data_dir / 'omniglot' / 'images_background'}.zip not found"
-    if not data_dir.is_dir():  # a mistyped --data_dir should not become a folder
-        raise UserError(f"{missing}. {_omniglot_forms(data_dir)}")
-    print(f"{missing}; asking TensorFlow Datasets for it", file=sys.stderr, flush=True)
-    there_before = (data_dir / "omniglot").exists()
-    try:
-        if "https" not in urllib.request.getproxies():
-            socket.create_connection(("github.com", 443), timeout=10).close()  # it would retry for minutes
-        import tensorflow_datasets as tfds
-
-        with tempfile.TemporaryDirectory(prefix="downloads-", dir=data_dir) as downloads:
-            builder = tfds.builder("omniglot", data_dir=data_dir)
-            builder.download_and_prepare(download_dir=downloads)
-        return pathlib.Path(builder.data_dir)
-    except Exception as error:  # no network, no right to write, a changed archive, …
-        if not there_before:
-            shutil.rmtree(data_dir / "omniglot", ignore_errors=True)
-        raise UserError(
-            f"{missing}, and TensorFlow Datasets could not fetch it ({_brief(error)}). "
-            f"{_omniglot_forms(data_dir)}"
-        ) from error
-
-
-def _brief(error: Exception) -> str:
-    first_line = str(error).partition("\n")[0].rstrip(".")
-    return f"{type(error).__name__}: {first_line}"
 
 
 def _omniglot_forms(data_dir: pathlib.Path) -> str:
@@ -211,7 +127,7 @@ OMNIGLOT_SPLIT = {"train": 1100, "val": 100, "test": 423}
 
 
 def load_omniglot(data_dir: str | pathlib.Path, seed: int, side: int = 28) -> ImageClasses:
-    """Omniglot: ink 1 and paper 0, `side` pixels square; see `sources.omniglot` for where it is looked for.
+    """Omniglot: ink 1 and paper 0, `side` pixels square; see `omniglot` for where it is looked for.
 
     The 1,623 characters, sorted by name, are shuffled by the seed and split 1,100 / 100 / 423.
 

@@ -237,11 +237,11 @@ class Algorithm:
 
         inputs = (lambda x: x) if takes_integers(self.network) else convert
         targets = (lambda y: y) if self.classification else convert
-        return Episode(
-            inputs(episodes.support_x),
-            targets(episodes.support_y),
-            inputs(episodes.query_x),
-            targets(episodes.query_y),
+        return episodes._replace(
+            **{
+                name: (targets if name.endswith("_y") else inputs)(x)
+                for name, x in episodes._asdict().items()
+            }
         )
 
     def _evaluate(self, episodes: Episode, steps: tf.Tensor, transductive: bool = True) -> Adaptation:

@@ -2,8 +2,8 @@
 
 A class's linear weights are decoded from a low-dimensional code, which an encoder and a relation network make
 of the support set. The inner loop descends on the codes, then on the decoded weights. As in the authors'
-program there are K codes and weight vectors per class, whose logits are averaged; KL is estimated by one sample;
-penalties are means. The examples of an episode may be in any order, but every class has as many.
+program there are K codes and weight vectors per class, whose logits are averaged, KL is estimated by one
+sample, and penalties are means. Examples may be in any order, but every class of an episode has as many.
 """
 
 from typing import NamedTuple

@@ -7,12 +7,18 @@ from tqdm import tqdm
 
 from maml.episodes import Episode, EpisodeSpec
 from maml.errors import Failure, UserError
+from maml.learners.base import Algorithm
 from maml.learners.losses import LossFunction, is_custom, scalar_loss, takes_labels
-from maml.learners.maml import Maml
+from maml.learners.options import (
+    algorithm_class,
+    check_above_zero,
+    check_options,
+    check_whole,
+    chosen_optimizer,
+)
 from maml.networks.checks import copy_of, is_batched, refuse_unfit, with_exact_norms
 from maml.networks.stateless import Weights
 from maml.training import given
-from maml.training.adam import Adam
 from maml.training.evaluate import TestResult, measure_tasks
 from maml.training.given import Episodes, Needs
 from maml.training.loop import METATRAIN, Phase, updates
@@ -36,7 +42,7 @@ class Learner:
 
     Attributes:
         model: its weights are the meta-learned initialisation θ.
-        algorithm: the `maml.learners.maml.Maml` that computes.
+        algorithm: the `maml.learners.base.Algorithm` that computes.
         outer: the `OuterLoop` that updates it.
         iteration: updates made.
     """
@@ -46,16 +52,19 @@ class Learner:
         model: keras.Model,
         loss: Loss,
         *,
-        inner_lr: float,
+        algorithm: str | type[Algorithm] = "maml",
+        inner_lr: float | None = None,
         inner_steps: int = 1,
-        first_order: bool = False,
+        first_order: bool | None = None,
         classification: bool | None = None,
-        meta_lr: float = 1e-3,
+        meta_lr: float | None = None,
+        meta_optimizer: keras.optimizers.Optimizer | None = None,
         clip: float | None = None,
         swap_norms: bool = False,
         vectorize: bool | None = None,
         jit_compile: bool | None = None,
         tasks_per_chunk: int | None = None,
+        **options,
     ):
         """Wraps a built model: Sequential, functional, or of a class with `get_config`.
 
@@ -71,17 +80,21 @@ class Learner:
             loss: a Keras loss or its name, or a function of (targets, outputs); a mean is taken of what
                 it returns. Keras' are means over the examples, the paper's code's is
                 `maml.cross_entropy(K)`, whose gradients are N times as long.
-            inner_lr: α, the step size of the inner loop.
+            algorithm: a name of `maml.tables.LEARNERS`, "module:Class", or a subclass of
+                `maml.learners.base.Algorithm`.
+            inner_lr: α, the step size of the inner loop; needed by algorithms that have one.
             inner_steps: inner gradient steps in training.
-            first_order: leave out second derivatives.
+            first_order: leave out second derivatives, where the algorithm has that choice.
             classification: targets are integer labels, and accuracy is measured too. None: if the loss is
                 a sparse categorical cross entropy.
-            meta_lr: β, the step size of the outer loop's Adam.
+            meta_lr: β, the step size of the outer loop's Adam; by default 0.001.
+            meta_optimizer: any Keras optimizer for the outer loop, its schedule included, instead of Adam.
             clip: clip every entry of the meta-gradient to ±clip.
             swap_norms: work on a copy in which Keras' LayerNormalization is `maml.LayerNormalization`,
                 which computes the same, and BatchNormalization is `maml.BatchNorm`, which does not: no
                 scale, and always the statistics of the batch at hand.
-            vectorize, jit_compile, tasks_per_chunk: see `Maml`; None chooses what is safe.
+            vectorize, jit_compile, tasks_per_chunk: see `TaskMap`; None chooses what is safe.
+            options: of the algorithm, keyword arguments of its class.
 
         Raises:
             UserError: for a layer that would be silently wrong, a model that is not built, or a loss that
@@ -92,28 +105,32 @@ class Learner:
                 f"Keras computes with {keras.backend.backend()}, needed tensorflow. Set the environment "
                 f"variable KERAS_BACKEND=tensorflow before the first import of Keras."
             )
-        _refuse_below(1, inner_steps=inner_steps)
-        if not inner_lr > 0:
-            raise UserError(f"found inner_lr={inner_lr}, needed a step size above 0.")
+        check_whole(1, inner_steps=inner_steps)
+        if tasks_per_chunk is not None:
+            check_whole(1, tasks_per_chunk=tasks_per_chunk)
+        check_above_zero(inner_lr=inner_lr, meta_lr=meta_lr, clip=clip)
+        kind = algorithm_class(algorithm)
+        given_options = {"inner_lr": inner_lr, "first_order": first_order}
+        options |= {name: value for name, value in given_options.items() if value is not None}
+        check_options(kind, options)
         self.model = with_exact_norms(model) if swap_norms else model
-        refuse_unfit(self.model, first_order)
+        refuse_unfit(self.model, bool(first_order))
         if vectorize is None and not is_batched(self.model):
             vectorize = False
-        self.algorithm = Maml(
+        self.algorithm = kind(
             self.model,
             scalar_loss(loss, self.model),
-            inner_lr=inner_lr,
             inner_steps=inner_steps,
-            first_order=first_order,
             classification=takes_labels(loss) if classification is None else classification,
             clip=clip,
             tasks_at_once=tasks_per_chunk or 10,
+            **options,
         )
         tasks = TaskMap.choose(self.model, vectorize, jit_compile, tasks_per_chunk=tasks_per_chunk)
-        self.outer = OuterLoop(self.algorithm, Adam(meta_lr), tasks)
+        self.outer = OuterLoop(self.algorithm, chosen_optimizer(meta_optimizer, meta_lr), tasks)
         self.iteration = 0
         self._needs = Needs.of(self.model, labels=self.algorithm.classification, alike=not is_custom(loss))
-        self._adapt = tf.function(self._adapted, reduce_retracing=True)
+        self._adapt = tf.function(self._adapted, reduce_retracing=True, autograph=False)
 
     def fit(
         self,
@@ -146,7 +163,7 @@ class Learner:
             UserError: if the episodes do not fit the model.
             Failure: if a loss or the meta-gradient is not finite; that update was not made.
         """
-        _refuse_below(1, iterations=iterations, meta_batch=meta_batch)
+        check_whole(1, iterations=iterations, meta_batch=meta_batch)
         phase = Phase(METATRAIN, self.outer, self.iteration + iterations)
         blocks = given.training_blocks(
             episodes,
@@ -199,8 +216,8 @@ class Learner:
             UserError: if the episodes do not fit the model, or are fewer.
         """
         steps = self.algorithm.inner_steps if steps is None else steps
-        _refuse_below(1, tasks=tasks)
-        _refuse_below(0, steps=steps)
+        check_whole(1, tasks=tasks)
+        check_whole(0, steps=steps)
         source = given.as_source(episodes, self._needs, spec, split)
         return measure_tasks(
             self.algorithm, source, spec, split, tasks=tasks, steps=steps, transductive=transductive
@@ -226,7 +243,7 @@ class Learner:
             Failure: if the adapted weights are not finite.
         """
         steps = self.algorithm.inner_steps if steps is None else steps
-        _refuse_below(0, steps=steps)
+        check_whole(0, steps=steps)
         x, y, *_ = self._needs.fitting((support_x, support_y, support_x, support_y))
         weights, state = self._adapt(tf.convert_to_tensor(x), tf.convert_to_tensor(y), tf.constant(steps))
         if not all(np.isfinite(values).all() for values in weights):
@@ -253,9 +270,3 @@ class Learner:
             (0, self.algorithm.weights()),
         )
         return weights, self.algorithm.stateless.state_after(weights, x)
-
-
-def _refuse_below(least: int, **numbers: int) -> None:
-    for name, number in numbers.items():
-        if not isinstance(number, int | np.integer) or number < least:
-            raise UserError(f"found {name}={number!r}, needed a whole number of {least} or more.")

@@ -45,19 +45,22 @@ class Embedded(NamedTuple):
 
 @keras.saving.register_keras_serializable("maml")
 class Halved(keras.optimizers.schedules.LearningRateSchedule):
-    """A learning rate that is halved after every `every` updates, in float64; 0: never."""
+    """A learning rate in float64, halved after every `every` updates, 0: never, and after those in `at`."""
 
-    def __init__(self, rate: float, every: int):
-        self.rate, self.every = rate, every
+    def __init__(self, rate: float, every: int = 0, at: Sequence[int] = ()):
+        self.rate, self.every, self.at = rate, every, tuple(at)
 
     def __call__(self, step: tf.Tensor) -> tf.Tensor:
         """The rate of update `step`, counted from 0."""
-        halvings = tf.cast(step, tf.int64) // self.every if self.every else 0
+        step = tf.cast(step, tf.int64)
+        halvings = step // self.every if self.every else tf.zeros_like(step)
+        if self.at:
+            halvings += tf.reduce_sum(tf.cast(step >= tf.constant(self.at, tf.int64), tf.int64))
         return self.rate * 0.5 ** tf.cast(halvings, tf.float64)
 
     def get_config(self) -> dict[str, object]:
         """The arguments."""
-        return {"rate": self.rate, "every": self.every}
+        return {"rate": self.rate, "every": self.every, "at": self.at}
 
 
 class Metric(Algorithm):
@@ -216,7 +219,7 @@ class Metric(Algorithm):
 
     def look(self, theta: Weights, episode: Episode, transductive: bool) -> Adaptation:
         """One task's measures at test, without an axis of steps."""
-        state = self.begin(theta, episode.support_x, episode.support_y)
+        state = self.begin_task(theta, episode)
         support = self.measure(self.outputs(state, episode.support_x), episode.support_y)
         by = None if transductive else episode.support_x
         outputs = self.outputs(state, episode.query_x, by)
@@ -265,6 +268,13 @@ def cosine_distance(epsilon: float) -> Distance:
         return 1 - tf.matmul(a, b, transpose_b=True)
 
     return distance
+
+
+def clipped_to_norm(gradient: Weights, bound: float) -> Weights:
+    """The gradient, scaled by min(1, bound/(norm + 1e-6)) as in PyTorch."""
+    norm = tf.norm(tf.stack([tf.norm(g) for g in gradient]))
+    factor = tf.minimum(tf.ones_like(norm), bound / (norm + 1e-6))
+    return [g * factor for g in gradient]
 
 
 def flat(embeddings: Sequence[tf.Tensor] | tf.Tensor) -> tf.Tensor:

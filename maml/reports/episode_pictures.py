@@ -44,12 +44,10 @@ def draw(
         splits: to draw, one row each.
         episodes: of each split.
     """
-    from maml.datasets import table
     from maml.runs import build
 
     specs = {split: (build.train_spec if split == "train" else build.test_spec)(settings) for split in splits}
-    scale = table.DATASOURCES[settings.datasource].scale
-    episode_grid(path, data, specs, episodes=episodes, scale=scale)
+    episode_grid(path, data, specs, episodes=episodes, scale=settings.dataset.scale)
 
 
 def write_first_episodes(run: "Run", data: "EpisodeSource", settings: Settings) -> None:
@@ -100,7 +98,7 @@ def episode_grid(
         batch = data.sample(spec, split, indices)
         names = data.class_names(spec, split, indices) if hasattr(data, "class_names") else None
         for i in range(episodes):
-            episode = Episode(*(field[i].numpy() for field in batch))
+            episode = Episode(*(field[i].numpy() for field in batch[:4]))
             title = f"{split} episode {first + i}, seed {spec.seed}"
             drawn.append((title, episode, names[i] if names else None, spec))
 
@@ -252,7 +250,7 @@ def predictions(
     figure = Figure(figsize=(width, tasks * height + 0.3), layout="constrained")
     figure.suptitle(title, fontsize=11)
     for i, axis in enumerate(figure.subplots(tasks, squeeze=False).flat):
-        episode = Episode(*(field[i] for field in episodes))
+        episode = Episode(*(field[i] for field in episodes[:4]))
         _predictions_panel(axis, episode, predicted[i], spec, names[i] if names else None, scale)
         right = (predicted[i] == episode.query_y).sum()
         axis.set_title(f"episode {i}: {right} of {len(predicted[i])} right", fontsize=10)

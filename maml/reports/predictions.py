@@ -7,6 +7,8 @@ import numpy as np
 
 from maml.datasets.user_images import Photographs
 from maml.errors import Failure, UserError
+from maml.reports import contact_sheet
+from maml.reports.charts import Line, Panel, draw
 from maml.runs import files
 
 CSV, SHEET, STEPS = "predictions.csv", "predictions.png", "steps.png"
@@ -94,8 +96,6 @@ def as_csv(classes: tuple[str, ...], query: Photographs, final: np.ndarray) -> s
 
 def draw_steps(path: pathlib.Path, made: Predictions, labels: np.ndarray | None) -> None:
     """Draws the curves over the steps as a PNG file."""
-    from maml.reports.charts import Line, Panel, draw
-
     steps = range(len(made.support_loss))
     lines = [Line(name, steps, values) for name, values in made.curves(labels).items()]
     loss = Line("loss", steps, made.support_loss)
@@ -133,8 +133,6 @@ def write(
     out: pathlib.Path, classes: tuple[str, ...], support: Photographs, query: Photographs, made: Predictions
 ) -> None:
     """Writes the table and the pictures; raises Failure if the disk does not take them."""
-    from maml.reports import contact_sheet
-
     try:
         out.mkdir(exist_ok=True)
         files.write_whole(out / CSV, as_csv(classes, query, made.probabilities[-1]))

@@ -147,7 +147,8 @@ def _protocol(entry: dict, seeds: int) -> str:
     queries = "query points" if asked["way"] is None else "queries per class"
     parts = [f"{asked['tasks']} {classes}", f"{asked['query_per_class']} {queries}"]
     parts += ["transductive"] if asked["transductive"] else []
-    parts.append("first order" if asked["order"] == 1 else "second order")
+    order = "first order" if asked["order"] == 1 else "second order"
+    parts.append(asked.get("learner", order))
     parts.append("best checkpoint" if asked["checkpoint"].startswith("best") else "last checkpoint")
     parts.append(f"{seeds} seeds" if seeds > 1 else f"seed {asked['seed']}")
     return ", ".join(parts)
@@ -234,7 +235,7 @@ def _iteration_panel(outcome: Outcome) -> charts.Panel | None:
     rows = files.validations(job.settings.run_dir)
     measure, scale = (entry["measure"], 100 if entry["measure"] == "accuracy" else 1)
     lines = []
-    trained, tested = job.settings.num_updates, job.settings.test_num_updates
+    trained, tested = job.settings.trained_steps, job.settings.tested_steps
     for label, part, step in (
         ("support, before", "support", 0),
         ("query, before", "query", 0),

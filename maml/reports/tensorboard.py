@@ -8,7 +8,6 @@ import numpy as np
 import tensorflow as tf
 from tensorboard.plugins.hparams import api
 
-from maml.datasets import table
 from maml.episodes import EpisodeSource
 from maml.learners.base import Algorithm
 from maml.reports import episode_pictures, sinusoid_fits
@@ -130,8 +129,8 @@ def is_drawn(number: int) -> bool:
 
 def _after(settings: Settings) -> list[int]:
     """The inner steps worth a chart in the first group: those of training and those of the test."""
-    last = settings.test_num_updates
-    return sorted({min(settings.num_updates, last), last})
+    last = settings.tested_steps
+    return sorted({min(settings.trained_steps, last), last})
 
 
 def _pictures(
@@ -143,7 +142,7 @@ def _pictures(
     before: dict[int, dict[str, float]],
 ) -> dict[str, bytes]:
     """{name: PNG file} of a validation; `before`: the rows of those before it, in order."""
-    steps, trained = settings.test_num_updates, _after(settings)[0]
+    steps, trained = settings.tested_steps, _after(settings)[0]
     scale, _, name = SHOWN[result.measure]
     now = series(scale * result.query[result.measure])
     support = scale * result.support[result.measure].mean(axis=0)
@@ -153,7 +152,7 @@ def _pictures(
         for number, (i, row) in enumerate(before.items(), start=1)
         if is_drawn(number) and columns[-1] in row
     }
-    curve = episode_pictures.adaptation_curve(
+    curve = steps and episode_pictures.adaptation_curve(
         episode_pictures.Adaptation(support, now.mean, now.ci95),
         earlier,
         iteration=iteration,
@@ -171,10 +170,10 @@ def _pictures(
         result.predictions[: len(indices), trained].argmax(axis=-1),
         spec,
         names=data.class_names(spec, "val", indices) if hasattr(data, "class_names") else None,
-        scale=table.DATASOURCES[settings.datasource].scale,
+        scale=settings.dataset.scale,
         title=f"validation, {iteration:,} iterations, after {trained} step{'s' * (trained > 1)}",
     )
-    return {"curve": curve, "predictions": grid}
+    return ({"curve": curve} if steps else {}) | {"predictions": grid}
 
 
 # --- When it was tested -------------------------------------------------------------------------------
@@ -245,7 +244,7 @@ def write_session(
 
 def _flags_of(settings: Settings) -> dict[str, bool | int | float | str]:
     """Flags of the training that a protocol does not have."""
-    names = RUN_FLAGS + ("num_filters",) * (settings.classification and settings.conv)
+    names = RUN_FLAGS + ("num_filters",) * (settings.network == "conv4")
     return {name: getattr(settings, name) for name in names}
 
 

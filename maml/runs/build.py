@@ -1,48 +1,62 @@
-"""From settings to data set, network and learner. A new data set is one file and one line here."""
+"""From settings to network and learner."""
 
 import keras
 import tensorflow as tf
 
-from maml.datasets.table import DATASOURCES
 from maml.episodes import EpisodeSpec
+from maml.errors import UserError
 from maml.learners.base import Algorithm
 from maml.learners.joint import Joint
-from maml.networks import conv4, mlp
+from maml.runs.optimizers import meta_optimizer
 from maml.settings.settings import Settings
-from maml.tables import LEARNERS, load
-from maml.training.adam import Adam
+from maml.tables import declared, learner, load, network
 from maml.training.loop import METATRAIN, PRETRAIN, Phase
 from maml.training.outer_loop import OuterLoop
 from maml.training.task_map import TaskMap
 
 
 def build_network(settings: Settings, input_shape: tuple[int, ...], dtype: str = "float32") -> keras.Model:
-    """The paper's network for the settings, with fresh weights of the given type.
+    """The network of the settings, with fresh weights of the given type.
 
     Args:
         settings: of the run; with `mixed_precision` float32 becomes "mixed_bfloat16".
         input_shape: of one example: (1,) or (3,) for the sinusoid, (H, W, C) for images.
         dtype: "float32", or "float64" to compare with exact results.
+
+    Raises:
+        UserError: if `--network=module:function` names nothing that gives a Keras model.
     """
-    kind = load(LEARNERS[settings.learner].home)
+    kind = learner_class(settings)
     backbone = kind.backbone
-    outputs = None if backbone else settings.num_classes
     # A metric learner's network is tested by moving statistics, which the paper's batch norm does not have.
     norm = "moving_batch_norm" if backbone and settings.norm == "batch_norm" else settings.norm
     if settings.mixed_precision and dtype == "float32":
         dtype = "mixed_bfloat16"
-    if not settings.classification:
-        return mlp.mlp(input_shape, 1, hidden=mlp.MLP_SINUSOID, norm=settings.norm, dtype=dtype)
-    if not settings.conv:
-        hidden = mlp.MLP_IMAGES
-        return mlp.mlp(input_shape, outputs, hidden=hidden, norm=norm, dtype=dtype)
-    options = dict(
+    source, row = settings.dataset, network(settings.network)
+    build = load(row.home)
+    offered = dict(
         filters=settings.num_filters,
         norm=norm,
         max_pool=settings.max_pool,
-        flatten=DATASOURCES[settings.datasource].flatten,
+        flatten=source.flatten,
+        hidden=source.hidden,
+        dtype=dtype,
     )
-    return conv4.conv4(input_shape, outputs, dtype=dtype, **options | kind.network_options(settings))
+    offered |= kind.network_options(settings)
+    outputs = settings.num_classes if settings.classification else source.outputs
+    outputs = None if backbone else outputs
+    built = build(input_shape, outputs, **(declared(build, offered) | dict(row.options)))
+    if not isinstance(built, keras.Model):
+        raise UserError(
+            f"--network={settings.network}: expected a Keras model, got {type(built).__name__}. See "
+            f"docs/extending.md."
+        )
+    return built
+
+
+def learner_class(settings: Settings) -> type[Algorithm]:
+    """The class of the learner that the settings name."""
+    return load(learner(settings.learner).home)
 
 
 def build_training(
@@ -52,13 +66,13 @@ def build_training(
 
     With a strategy, this and `build_network` are called in its scope.
     """
-    source = DATASOURCES[settings.datasource]
+    source = settings.dataset
     common = dict(
         classification=settings.classification,
         scale=source.scale,
         tasks_at_once=settings.tasks_per_chunk or 10,
     )
-    kind = load(LEARNERS[settings.learner].home)
+    kind = learner_class(settings)
     options = dict(inner_steps=settings.num_updates, clip=source.clip) | kind.arguments(settings)
     algorithm = kind(network, kind.loss_function(settings), **common, **options)
     tasks = TaskMap.choose(
@@ -71,7 +85,8 @@ def build_training(
 
     def phase(name: str, algorithm: Algorithm, end: int) -> Phase:
         skip = settings.on_nan == "skip"
-        optimizer = algorithm.meta_optimizer(settings) or Adam(settings.meta_lr)
+        iterations = settings.pretrain_iterations if name == PRETRAIN else settings.metatrain_iterations
+        optimizer = meta_optimizer(algorithm, settings, iterations)
         outer = OuterLoop(algorithm, optimizer, tasks, skip_not_finite=skip)
         return Phase(name, outer, end)
 

@@ -1,5 +1,7 @@
 """What to say of a meta-batch whose loss or meta-gradient is not finite."""
 
+import functools
+
 import numpy as np
 import tensorflow as tf
 
@@ -18,15 +20,14 @@ def not_finite(phase: Phase, episodes: Episode, run: Run) -> str:
     """
     learner = phase.outer.algorithm
 
-    @tf.function
+    @functools.partial(tf.function, autograph=False)
     def each() -> tuple[tf.Tensor, tf.Tensor]:
         def one_task(episode: Episode) -> tuple[tf.Tensor, tf.Tensor]:
             gradient, measures, _ = learner.task_gradient(learner.weights(), learner.to_floating(episode))
             losses = [tf.reshape(value, (-1,)) for name, value in measures.items() if name.endswith("loss")]
             return tf.stack([tf.norm(weight) for weight in gradient]), tf.concat(losses, axis=0)
 
-        dtype = learner.weights()[0].dtype
-        return tf.map_fn(one_task, episodes, fn_output_signature=(dtype, dtype))
+        return tf.map_fn(one_task, episodes, fn_output_signature=(learner.dtype, learner.dtype))
 
     norms, losses = (part.numpy() for part in each())
     iteration, tasks = int(run.iteration), len(losses)

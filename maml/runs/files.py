@@ -1,4 +1,4 @@
-"""TODO runs.files."""
+"""The files of a run folder that are read and written without TensorFlow."""
 
 import csv
 import io
@@ -6,10 +6,11 @@ import os
 import pathlib
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    pass
+from maml.errors import UserError
+from maml.settings.settings import Settings, parse
+
+TRIED = ("checkpoint", "test_iter", "transductive", "train", "logdir")  # by `maml protocol`, or known
 
 
 def tag(measure: str, part: str, step: int) -> str:
@@ -50,3 +51,27 @@ def write_whole(path: pathlib.Path, text: str) -> None:
     temporary = path.with_suffix(".new")
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
+
+
+def test_settings(run: pathlib.Path, given: list[str]) -> Settings:
+    """The settings to test a run folder with, wherever it lies now.
+
+    Args:
+        run: the folder.
+        given: arguments of `maml` that override the run's.
+
+    Raises:
+        UserError: if it is no run folder, has another name than its flags make, or these are refused.
+    """
+    run = run.resolve()
+    if not (run / "flags").is_file():
+        raise UserError(
+            f"{run}: expected a run folder (flags, checkpoints/), got none. Use a folder of --logdir's."
+        )
+    settings = parse([f"--flagfile={run / 'flags'}", *given, f"--logdir={run.parent}", "--train=False"])
+    if settings.run_name != run.name:
+        raise UserError(
+            f"expected a run folder named {settings.run_name}, as its flags and those given make it, got "
+            f"{run.name}. Rename the folder, or leave out flags that are not of the test."
+        )
+    return settings

@@ -284,7 +284,7 @@ class Run:
     def _judged_by(self) -> tuple[str, int]:
         """The TensorBoard tag of validation after `num_updates` steps; 1 if more of it is better, else −1."""
         measure, sign = ("accuracy", 1) if self.settings.classification else ("loss", -1)
-        steps = min(self.settings.num_updates, self.settings.test_num_updates)
+        steps = min(self.settings.trained_steps, self.settings.tested_steps)
         return tag(measure, "query", steps), sign
 
     def begin_from(self, network: keras.Model) -> None:
@@ -326,6 +326,8 @@ class Run:
         free = set(FREE_FLAGS)
         if self.settings.baseline == "oracle":
             free.add("pretrain_iterations")  # its metatrain_iterations, see settings.resolve
+        if self.settings.train and self.settings.meta_schedule != "constant":
+            free -= {"metatrain_iterations", "pretrain_iterations"}  # the schedule goes over them
         if not self.settings.train:
             free |= {"update_batch_size", "update_lr", "pretrain_iterations"}
         differing = [

@@ -1,54 +1,22 @@
 """Networks that the command line, or the original program, has trained, for use from Python."""
 
-import pathlib
-from typing import TYPE_CHECKING
-
-from maml.errors import UserError
-from maml.settings.settings import Settings, parse
-
-if TYPE_CHECKING:
-    import tensorflow as tf
-
 import os
-from typing import TYPE_CHECKING
+import pathlib
 
 import keras
 import tensorflow as tf
 
 from maml.learners.library import Learner
-
-if TYPE_CHECKING:
-    from maml.settings.settings import Settings
-
-TRIED = ("checkpoint", "test_iter", "transductive", "train", "logdir")
-
-
-def test_settings(run: pathlib.Path, given: list[str]) -> Settings:
-    """The settings to test a run folder with, wherever it lies now.
-
-    Args:
-        run: the folder.
-        given: arguments of `main.py` that override the run's.
-
-    Raises:
-        UserError: if it is no run folder, has another name than its flags make, or these are refused.
-    """
-    run = run.resolve()
-    if not (run / "flags").is_file():
-        raise UserError(
-            f"{run}: found no flags in it, needed a run folder (flags, checkpoints/). Give one of --logdir's."
-        )
-    settings = parse([f"--flagfile={run / 'flags'}", *given, f"--logdir={run.parent}", "--train=False"])
-    if settings.run_name != run.name:
-        raise UserError(
-            f"found a run folder named {run.name}, needed {settings.run_name}, as its flags and those given "
-            f"make it. Give the folder its name back, or leave out flags that are not of the test."
-        )
-    return settings
+from maml.runs import build
+from maml.runs.data import input_shape
+from maml.runs.files import test_settings
+from maml.runs.folder import Run
+from maml.settings.paper import PUBLISHED
+from maml.settings.settings import RANDOM, Settings, parse
 
 
 def load_run(path: str | os.PathLike, *, checkpoint: str = "newest") -> Learner:
-    """A learner with the weights, α and inner steps of a run of `python main.py`, wherever its folder is.
+    """A learner with the weights, α and inner steps of a run of `maml`, wherever its folder is.
 
     Its model takes pixels as they are, photographs 0…255 and Omniglot's 0 and 1 (ink), of the run's size.
     The loss is that of the run, N times the mean cross entropy or the mean squared error, so that α means
@@ -63,24 +31,20 @@ def load_run(path: str | os.PathLike, *, checkpoint: str = "newest") -> Learner:
     Raises:
         UserError: if there is no such run or checkpoint.
     """
-    from maml.datasets import table
-    from maml.settings import paper, settings
-
     path = pathlib.Path(path)
     if path.is_dir():
         found = test_settings(path, [f"--checkpoint={checkpoint}"])
     else:
-        found = settings.parse([*paper.PUBLISHED, f"--init_from={path}", "--train=False"])
+        found = parse([*PUBLISHED, f"--init_from={path}", "--train=False"])
     network, iteration = trained_network(found, from_run=path.is_dir())
 
     def n_times_the_mean(labels: tf.Tensor, logits: tf.Tensor) -> tf.Tensor:
         losses = tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits)
         return found.num_classes * tf.reduce_mean(losses)
 
-    source = table.DATASOURCES[found.datasource]
+    source = found.dataset
     if source.scale != 1:
-        layers = [keras.layers.Rescaling(1 / source.scale), *network.layers]
-        network = keras.Sequential([keras.Input(found.input_shape), *layers])
+        network = _of_pixels(network, source.scale)
     learner = Learner(
         network,
         n_times_the_mean if found.classification else "mse",
@@ -95,7 +59,16 @@ def load_run(path: str | os.PathLike, *, checkpoint: str = "newest") -> Learner:
     return learner
 
 
-def trained_network(settings: "Settings", *, from_run: bool) -> tuple[keras.Model, int]:
+def _of_pixels(network: keras.Model, scale: float) -> keras.Model:
+    """The network, its weights shared, of inputs that it divides by `scale` first."""
+    rescaling = keras.layers.Rescaling(1 / scale)
+    if isinstance(network, keras.Sequential):
+        return keras.Sequential([keras.Input(network.input_shape[1:]), rescaling, *network.layers])
+    x = keras.Input(network.input_shape[1:])
+    return keras.Model(x, network(rescaling(x)))
+
+
+def trained_network(settings: Settings, *, from_run: bool) -> tuple[keras.Model, int]:
     """The network of the settings with its learned weights, and its iteration.
 
     Args:
@@ -106,11 +79,7 @@ def trained_network(settings: "Settings", *, from_run: bool) -> tuple[keras.Mode
     Raises:
         UserError: if there are no such weights, or they are those of another network.
     """
-    from maml.runs import build
-    from maml.runs.folder import Run
-    from maml.settings.settings import RANDOM
-
-    network = build.build_network(settings, settings.input_shape)
+    network = build.build_network(settings, input_shape(settings))
     run = Run(settings, build.build_training(settings, network))
     if from_run:
         run.restore()

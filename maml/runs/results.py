@@ -18,6 +18,7 @@ import filelock
 
 import maml
 from maml.runs.files import write_whole
+from maml.settings.own import DEFAULT_LEARNER
 
 if TYPE_CHECKING:
     from maml.settings.settings import Settings
@@ -36,6 +37,7 @@ def protocol(settings: "Settings") -> dict[str, object]:
         checkpoint = f"{settings.checkpoint} of {settings.iterations}"
     else:
         checkpoint = settings.checkpoint
+    of_learner = {} if settings.learner == DEFAULT_LEARNER else {"learner": settings.learner, **settings.own}
     return {
         "datasource": settings.datasource,
         "split": settings.split,
@@ -47,13 +49,14 @@ def protocol(settings: "Settings") -> dict[str, object]:
         "shot": settings.update_batch_size,
         "query_per_class": settings.test_num_query,
         "train_query_per_class": settings.num_query,
-        "inner_steps": settings.test_num_updates,
-        "train_inner_steps": settings.num_updates,
+        "inner_steps": settings.tested_steps,
+        "train_inner_steps": settings.trained_steps,
         "inner_lr": settings.update_lr,
         "order": 1 if settings.stop_grad else 2,
-        "transductive": settings.norm == "batch_norm" and settings.transductive,
+        "transductive": settings.is_transductive,
         "baseline": settings.baseline,
-    }
+        **({"learner": settings.learner, **settings.own} if settings.learner != DEFAULT_LEARNER else {}),
+    } | of_learner
 
 
 def write(settings: "Settings", result: "TestResult", iteration: int, device: str) -> pathlib.Path:
@@ -80,7 +83,7 @@ def write(settings: "Settings", result: "TestResult", iteration: int, device: st
         "measure": result.measure,
         "note": "update0 is measured on the support set, update1… on the query set",
         "results": result.as_json(),
-        "command": shlex.join(sys.argv),
+        "command": shlex.join(["maml", *sys.argv[1:]]),
         "versions": versions(),
         "hardware": hardware(device),
     }
@@ -112,6 +115,27 @@ def versions() -> dict[str, str]:
 def hardware(device: str) -> str:
     """The machine in words; `device`: what of it is used."""
     return f"{platform.machine()}, {os.cpu_count()} cores; {device}"
+
+
+def write_cost(run_dir: pathlib.Path, seconds_per_iteration: float) -> None:
+    """Keeps what training costs: the time of an iteration, and the peak memory of this process in bytes."""
+    cost = {"seconds_per_iteration": seconds_per_iteration, "peak_memory": peak_memory()}
+    write_whole(run_dir / "cost.json", json.dumps(cost))
+
+
+def read_cost(run_dir: pathlib.Path) -> dict[str, float]:
+    """What `write_cost` kept; empty for a run from before it was kept."""
+    path = run_dir / "cost.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def peak_memory() -> int | None:
+    """The most memory that this process has held, in bytes; None where the system does not tell."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def read(run_dir: pathlib.Path) -> list[dict]:

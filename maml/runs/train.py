@@ -12,6 +12,7 @@ from maml.runs.build import test_spec, train_spec
 from maml.runs.diagnosis import not_finite
 from maml.runs.files import tag, validations
 from maml.runs.folder import Run
+from maml.runs.results import write_cost
 from maml.settings.settings import Settings
 from maml.training.evaluate import TestResult, measure_tasks
 from maml.training.loop import Phase, Update, Waiting, stream, updates
@@ -69,7 +70,7 @@ def train(
             test_spec(settings),
             "val",
             tasks=VALIDATION_TASKS,
-            steps=settings.test_num_updates,
+            steps=settings.tested_steps,
             transductive=settings.transductive,
         )
         watcher.validated(result)
@@ -120,6 +121,10 @@ def train(
     )
     if not settings.iterations:
         run.save()  # weights of another run, to be tested as they are
+    each = progress.seconds_per_iteration()
+    if run.chief and each is not None:
+        with run.writing("write cost.json"):
+            write_cost(run.dir, each)
     if iteration > first_iteration:
         print(f"training waited for data {blocks.seconds / progress.seconds():.2%} of the time", flush=True)
 
@@ -151,10 +156,10 @@ def _can_validate(data: EpisodeSource, settings: Settings) -> bool:
 
 
 def _validation_line(settings: Settings, result: TestResult, iteration: int) -> str:
-    steps = settings.test_num_updates
+    steps = settings.tested_steps
     means = result.query[result.measure].mean(axis=0)
     unit = (lambda v: f"{100 * v:.1f} %") if result.measure == "accuracy" else (lambda v: f"{v:.3f}")
-    marks = sorted({0, min(settings.num_updates, steps), steps})
+    marks = sorted({0, min(settings.trained_steps, steps), steps})
     shown = ", ".join(f"{unit(means[j])} after {j}" for j in marks)
     return (
         f"iteration {iteration}: validation {result.measure} {shown} steps ({VALIDATION_TASKS} tasks); saved"

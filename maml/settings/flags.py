@@ -1,182 +1,131 @@
-"""The flags of `main.py`, topic by topic, as `--helpshort` shows them.
+"""The fields of a dataclass as absl flags: type, default, bounds, choices, topic and help stand once."""
 
-Names, types and defaults are those of the original `cbfinn/maml` where it has the flag. The first paragraph
-of a help text, its defaults in brackets, is what is shown there; all of it is in `--helpfull`.
-"""
-
-import functools
-import os
-from collections.abc import Callable
+import dataclasses
+import types
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from absl import flags
 
+from maml.errors import UserError
 from maml.settings import parsing
+from maml.settings.own import Flag, flags_of
 
-DATASOURCES = ("sinusoid", "omniglot", "miniimagenet", "folder")
-NORMS = ("batch_norm", "layer_norm", "None")
-CHECKPOINTS = ("newest", "best")
-ON_NAN = ("stop", "skip")
-HOME = "maml.settings"  # the module whose flags they are
+TOPICS = TASK, LEARNER, NETWORK, INNER, OUTER, TEST, FOLDER, MACHINE = (
+    "Task and data",
+    "Learner",
+    "Network",
+    "Inner loop (Algorithm 1, lines 5 and 6)",
+    "Outer loop (lines 3 and 8)",
+    "Test protocol",
+    "Run folder",
+    "Speed and devices",
+)
+LEARNER_TOPIC = "Of --learner="  # and its name: the topic of the flags that only it reads
 
 
-class _Define:
-    """absl's definitions, into one set of flags."""
+def option(
+    topic: str,
+    default: object,
+    help: str,
+    lower: float | None = None,
+    upper: float | None = None,
+    *,
+    choices: tuple[str, ...] = (),
+    table: Mapping[str, object] | None = None,
+) -> Any:
+    """A dataclass field that is a flag, of the type that the field is annotated with.
 
-    def __init__(self, values: flags.FlagValues):
-        self.string, self.integer, self.number, self.boolean, self.enum = (
-            functools.partial(define, flag_values=values, module_name=HOME)
-            for define in (
-                flags.DEFINE_string,
-                flags.DEFINE_integer,
-                flags.DEFINE_float,
-                flags.DEFINE_bool,
-                flags.DEFINE_enum,
-            )
+    Args:
+        topic: the heading it has in the help.
+        default: if it is not given; None: another value is chosen, which the help has in brackets.
+        help: its first paragraph, the default in brackets, is all that `--help` shows.
+        lower, upper: bounds of a number.
+        choices: the values to choose from.
+        table: of `maml.tables`: a name in it, or module:attribute.
+    """
+    return dataclasses.field(
+        metadata=dict(
+            topic=topic, default=default, help=help, lower=lower, upper=upper, choices=choices, table=table
         )
-
-
-def _task_and_data(define: _Define) -> None:
-    define.enum("datasource", "sinusoid", DATASOURCES, "data set the tasks T_i ~ p(T) are drawn from")
-    define.integer("num_classes", 5, "N, the ways of a classification task", 2)
-    define.integer("update_batch_size", 5, "K, support examples per class (inner loop)", 1)
-    define.integer("num_query", None, "Q, query examples per class in training [K]", 1)
-    define.enum("baseline", None, ["oracle"], "oracle: the network is told the task (sinusoid only)")
-    define.string(
-        "data_dir",
-        os.environ.get("MAML_DATA_DIR") or "data",
-        "folder of the data sets, or of your own images (also .tar, .zip)\n\n"
-        "It holds omniglot/, say (environment: MAML_DATA_DIR). For --datasource=folder it is the folder, "
-        ".tar or .zip of {train,val,test}/<class>/* or <class>/* itself, where <class> may be several "
-        "folders deep.",
-    )
-    define.integer("img_size", None, "side of the images, pixels [Omniglot 28, photographs 84]", 16, 4096)
-    define.boolean("skip_bad_images", False, "leave out images that cannot be read instead of stopping")
-    define.integer("seed", 0, "of the weights, the class split and the episodes", 0, 2**31)
-
-
-def _network(define: _Define) -> None:
-    define.boolean("conv", True, "convolutional; --noconv: fully connected (images only)")
-    define.integer("num_filters", 64, "filters per convolution [paper's]", 1)
-    define.boolean("max_pool", False, "2×2 max-pooling instead of stride 2 [paper's]")
-    define.enum("norm", "batch_norm", NORMS, "normalisation [paper's]", case_sensitive=False)
-    define.string(
-        "init_from",
-        None,
-        "weights to begin with, of a run or a checkpoint; or 'random'\n\n"
-        "The newest checkpoint of a run folder, or one by its name, the original's too; 'random' for fresh "
-        "ones, to test them with --metatrain_iterations=0.",
     )
 
 
-def _inner_loop(define: _Define) -> None:
-    define.number(
-        "update_lr",
-        1e-3,
-        "α, the inner step size [paper's, sinusoid 0.001]\n\n"
-        "It acts on the cross entropy summed over examples and divided by K (N times the mean), or on the "
-        "mean squared error.",
-        0.0,
-    )
-    define.integer("num_updates", 1, "inner gradient steps in training [paper's]", 1)
-    define.boolean("stop_grad", False, "first-order MAML: no second derivatives (section 5.2)")
+def define(values: flags.FlagValues, kind: type) -> None:
+    """Defines the flags of a dataclass, in order; their errors say what is needed and what to do."""
+    for field in dataclasses.fields(kind):
+        if field.metadata:
+            a_type = field.type.__args__[0] if isinstance(field.type, types.UnionType) else field.type
+            _define(values, field.name, a_type, **field.metadata)
 
 
-def _outer_loop(define: _Define) -> None:
-    define.integer(
-        "metatrain_iterations", 15000, "meta-training iterations (paper: 60000, sinusoid 70000)", 0
-    )
-    define.integer("pretrain_iterations", 0, "iterations of joint training without adaptation before", 0)
-    define.integer("meta_batch_size", 25, "tasks per meta-update [paper's]", 1)
-    define.number("meta_lr", 0.001, "β, the meta step size (Adam)", 0.0)
-    define.enum(
-        "on_nan",
-        "stop",
-        ON_NAN,
-        "if a loss or the meta-gradient is not finite: stop and say where, or skip the update",
-    )
+def define_own(values: flags.FlagValues, topic: str, *own: Flag) -> None:
+    """Defines flags of one learner or command; those that are defined under the topic already stay.
+
+    Raises:
+        UserError: if one has the name of another flag.
+    """
+    for flag in own:
+        if flag.name not in values:
+            a_type = str if flag.default is None else type(flag.default)
+            options = dict(lower=flag.lower, upper=flag.upper, choices=tuple(flag.choices), table=None)
+            a_text = isinstance(flag.default, str) and not flag.choices
+            _define(values, flag.name, a_type, topic, flag.default, flag.help, a_text=a_text, **options)
+        elif values.find_module_defining_flag(flag.name) != topic:
+            raise UserError(
+                f"{topic}: expected flags of other names than maml's, got --{flag.name}. Rename it."
+            )
 
 
-def _test_protocol(define: _Define) -> None:
-    define.boolean("train", True, "train, then test; --notrain: only test")
-    define.boolean("test_set", False, "test on the meta-test classes instead of the meta-validation classes")
-    define.integer("num_test_tasks", 600, "tasks the test averages over", 2)
-    define.integer("test_num_updates", 10, "inner gradient steps at validation and test", 1)
-    define.integer("test_num_query", None, "Q at validation and test [K]", 1)
-    define.boolean(
-        "transductive",
-        True,
-        "batch norm of the query set by its own statistics, not the support set's\n\n"
-        "At validation and test. By its own, as in the original; --notransductive: by the support set's.",
-    )
-    define.enum(
-        "checkpoint",
-        "newest",
-        CHECKPOINTS,
-        "which checkpoint to test; best: at meta-validation\n\n"
-        "That is after --num_updates steps, as the paper's author chose.",
-    )
-    define.integer("test_iter", -1, "iteration of the checkpoint to test, -1 for the newest", -1)
-    define.integer("train_update_batch_size", -1, "K the tested run was trained with, if it differs", -1)
-    define.number("train_update_lr", -1.0, "α the tested run was trained with, if it differs")
+def of_settings(values: flags.FlagValues) -> list[flags.Flag]:
+    """The flags of a run, topic by topic."""
+    found = values.flags_by_module_dict()
+    return [flag for topic in topics(values) for flag in found[topic]]
 
 
-def _run_folder(define: _Define) -> None:
-    define.string("logdir", "/tmp/data", "folder that holds the run folders")
-    define.boolean("resume", True, "go on from the newest checkpoint of this run, if there is one")
-    define.integer("save_interval", 1000, "iterations between checkpoints (and validations)", 1)
-    define.integer("keep", None, "newest checkpoints to keep, beside the best [all]", 2)
-    define.boolean("log", True, "write TensorBoard event files")
+def topics(values: flags.FlagValues) -> list[str]:
+    """The headings of the flags of a run, in order."""
+    own = [topic for topic in values.flags_by_module_dict() if topic.startswith(LEARNER_TOPIC)]
+    behind = TOPICS.index(LEARNER) + 1
+    return [*TOPICS[:behind], *own, *TOPICS[behind:]]
 
 
-def _speed_and_devices(define: _Define) -> None:
-    define.integer(
-        "tasks_per_chunk",
-        None,
-        "tasks held in memory at once; fewer save memory [chosen]\n\n"
-        "The meta-gradient is summed over parts of so many tasks, the same to rounding; for a meta-batch "
-        "that does not fit. Each may take longer. Chosen: one per core with convolutions, else the "
-        "meta-batch.",
-        1,
-    )
-    define.boolean(
-        "jit_compile",
-        None,
-        "compile the training with XLA: faster, slow to start [chosen]\n\n"
-        "Chosen: only for networks without convolutions.",
-    )
-    define.boolean(
-        "mixed_precision",
-        False,
-        "hidden layers compute in bfloat16, where hardware is fast in it\n\n"
-        "Weights, gradients, norms, the head and the losses stay float32; the run gets a folder of its own.",
-    )
-    define.boolean(
-        "deterministic",
-        False,
-        "the same result bit for bit on a GPU too, at some cost in speed\n\nOn a CPU it is so anyway.",
-    )
+def read(values: flags.FlagValues, arguments: Sequence[str]) -> list[str]:
+    """Parses arguments, with the flags of the learner among them; see `parsing.read`.
+
+    Raises:
+        UserError: if a flag or flagfile is not as it should be, or the learner cannot be imported.
+    """
+    expanded = parsing.expanded(arguments)
+    learner = parsing.value_of("learner", values["learner"].default, expanded)
+    define_own(values, f"{LEARNER_TOPIC}{learner}", *flags_of(learner))
+    return parsing.read(values, expanded)
 
 
-TOPICS: dict[str, Callable[[_Define], None]] = {
-    "Task and data": _task_and_data,
-    "Network": _network,
-    "Inner loop (Algorithm 1, lines 5 and 6)": _inner_loop,
-    "Outer loop (lines 3 and 8)": _outer_loop,
-    "Test protocol": _test_protocol,
-    "Run folder": _run_folder,
-    "Speed and devices": _speed_and_devices,
-}
-
-
-def define(values: flags.FlagValues) -> None:
-    """Defines all flags of `main.py`, with refusals that say what is needed and what to do."""
-    for group in TOPICS.values():
-        group(_Define(values))
-    parsing.explain(values.flags_by_module_dict()[HOME])
-
-
-def names(topic: str) -> list[str]:
-    """The flags under a heading, in order."""
-    alone = flags.FlagValues()
-    TOPICS[topic](_Define(alone))
-    return [flag.name for flag in alone.flags_by_module_dict()[HOME]]
+def _define(
+    values: flags.FlagValues,
+    name: str,
+    kind: type,
+    topic: str,
+    default: object,
+    help: str,
+    lower: float | None,
+    upper: float | None,
+    choices: tuple[str, ...],
+    table: Mapping[str, object] | None,
+    a_text: bool = False,
+) -> None:
+    """Defines a flag; one of type str is a path, unless it is a text."""
+    common = dict(flag_values=values, module_name=topic)
+    if choices or table:
+        names = list(choices or table)
+        flags.DEFINE_enum(name, default, names, help, case_sensitive=False, **common)
+    elif kind is bool:
+        flags.DEFINE_bool(name, default, help, **common)
+    elif kind is str:
+        flags.DEFINE_string(name, default, help, **common)
+    else:
+        number = flags.DEFINE_integer if kind is int else flags.DEFINE_float
+        number(name, default, help, lower, upper, **common)
+    if not a_text:
+        parsing.explain(values[name], table)

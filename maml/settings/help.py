@@ -1,89 +1,76 @@
-"""What `--helpshort` shows: how the program is called, then its flags by topic, then the commands."""
+"""Help pages: how the program is called, then its flags by topic, then the commands."""
 
-import pathlib
 import re
 import shutil
 import textwrap
+import types
 from collections.abc import Mapping, Sequence
 
 from absl import flags
 
 from maml.settings import parsing
-from maml.settings.flags import TOPICS, names
 
 LEFT = 33  # columns of the flags' names
 NARROWEST, WIDEST = 60, 110
-TYPES = {"int": "INT", "float": "NUMBER"}
-
-
-def program() -> str:
-    """What to type for the program: in the checkout `python main.py`, installed `maml`."""
-    return "python main.py" if (pathlib.Path(__file__).parents[2] / "main.py").is_file() else "maml"
+LONGEST_CHOICE = 40  # characters of the values to choose from; longer ones are in --helpfull
+TYPES = {"int": "INT", "float": "NUMBER", "string": "PATH", "string enum": "NAME"}
 
 
 def page(
     usage: str,
-    values: flags.FlagValues,
-    own: Sequence[str] = (),
-    topics: Sequence[str] = tuple(TOPICS),
-    commands: Mapping[str, str] | None = None,
+    topics: Mapping[str, Sequence[flags.Flag]],
+    commands: Mapping[str, str] = types.MappingProxyType({}),
+    origins: Mapping[str, str | None] = types.MappingProxyType({}),
 ) -> str:
     """The help, as wide as the terminal allows.
 
     Args:
         usage: paragraphs to begin with; indented lines stay as they are.
-        values: the flags.
-        own: names of those of this command alone.
-        topics: of the flags of `main.py` that matter to it, headings of `flag_table.TOPICS`.
+        topics: {heading: its flags}.
         commands: {name: what it does}, if it has any.
+        origins: {flag: where its value comes from if it is not given, if that is not its default}.
     """
-    width = min(max(shutil.get_terminal_size().columns, NARROWEST), WIDEST)
-    usage = re.sub(r"python -m maml\.(\w+)", rf"{program()} \1", usage)
-    parts = [_wrapped(paragraph, width) for paragraph in usage.strip().split("\n\n")]
-    groups = {"Of this command": list(own)} if own else {}
-    groups |= {topic: names(topic) for topic in topics}
-    for heading, flag_names in groups.items():
-        lines = [_entry(_call(values[name]), _about(values[name]), width) for name in flag_names]
+    width = columns()
+    parts = [
+        text if text.startswith(" ") else textwrap.fill(" ".join(text.split()), width)
+        for text in usage.strip().split("\n\n")
+    ]
+    for heading, under in topics.items():
+        lines = [entry(*_in_short(flag, origins.get(flag.name)), width) for flag in under]
         parts.append("\n".join([heading, *lines]))
     if commands:
-        lines = [_entry(name, about, width) for name, about in commands.items()]
-        parts.append("\n".join(["Commands (COMMAND --helpshort has their flags)", *lines]))
-    rest = "" if len(topics) == len(TOPICS) else "; main.py --helpshort: those of a run"
-    return "\n\n".join([*parts, f"More: --helpfull{rest}"])
+        lines = [entry(name, about, width) for name, about in commands.items()]
+        parts.append("\n".join(["Commands (maml help COMMAND has their flags)", *lines]))
+    return "\n\n".join([*parts, "More: --helpfull"])
 
 
-def _wrapped(paragraph: str, width: int) -> str:
-    return paragraph if paragraph.startswith(" ") else textwrap.fill(" ".join(paragraph.split()), width)
+def columns() -> int:
+    """The width of a page."""
+    return min(max(shutil.get_terminal_size().columns, NARROWEST), WIDEST)
 
 
-def _entry(left: str, text: str, width: int) -> str:
-    """A name and what it stands for, beside it in a column of its own."""
-    lines = textwrap.wrap(text, width - LEFT, break_on_hyphens=False)
-    head = f"  {left}"
-    if len(head) > LEFT - 2:
-        lines.insert(0, "")
-    indent = " " * LEFT
-    return "\n".join([f"{head:<{LEFT}}{lines[0]}".rstrip(), *(indent + line for line in lines[1:])])
+def entry(name: str, text: str, width: int, left: int = LEFT) -> str:
+    """A name and what it stands for, beside it in a column that begins at `left`."""
+    indent = " " * left
+    hanging = textwrap.fill(
+        text, width, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False
+    )
+    head = f"  {name}"
+    return f"{head}\n{hanging}" if len(head) > left - 2 else f"{head:<{left}}{hanging.lstrip()}"
 
 
-def _call(flag: flags.Flag) -> str:
-    """How the flag is written."""
-    if flag.boolean:
-        return f"--[no]{flag.name}"
-    # All texts among the flags of `main.py` are paths.
-    text = "PATH" if isinstance(flag.parser, parsing.ExplainingParser) else "TEXT"
-    return f"--{flag.name}={_in_short(flag)[0] or TYPES.get(flag.flag_type(), text)}"
-
-
-def _about(flag: flags.Flag) -> str:
-    """What it says in short, and its default in brackets."""
-    text = _in_short(flag)[1]
-    if flag.default is None or text.endswith("]"):
-        return text
-    return f"{text} [{str(flag.default).lower() if flag.boolean else flag.default}]"
-
-
-def _in_short(flag: flags.Flag) -> tuple[str, str]:
-    """The values to choose from ("" if any), which absl writes before the text, and its first paragraph."""
+def _in_short(flag: flags.Flag, origin: str | None) -> tuple[str, str]:
+    """How a flag is written; the first paragraph of its help, and its default or its origin in brackets."""
+    # absl writes the values to choose from before the text.
     choices, text = re.fullmatch(r"(?:<([^>]*)>: )?(.*)", flag.help, re.DOTALL).groups()
-    return choices or "", text.split("\n\n")[0]
+    if not choices or len(choices) > LONGEST_CHOICE or getattr(flag.parser, "table", ()):
+        explained = isinstance(flag.parser, parsing.ExplainingParser)  # a text is a path then
+        choices = TYPES.get(flag.flag_type()) if explained else "TEXT"
+    call = f"--[no]{flag.name}" if flag.boolean else f"--{flag.name}={choices}"
+    about = text.split("\n\n")[0]
+    default = str(flag.default).lower() if flag.boolean else flag.default
+    if origin:
+        about = re.sub(r" *\[[^]]*\]$", "", about) + f" [{origin}]"
+    elif default not in (None, "") and not about.endswith("]"):
+        about = f"{about} [{default}]"
+    return call, about

@@ -1,16 +1,16 @@
-"""TODO settings.jobs."""
+"""Runs as command lines: the arguments of `maml`, the settings they come to, and what to type."""
 
 import shlex
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from maml.settings.help import program
+from maml.settings.flags import of_settings
 from maml.settings.parsing import FLAGFILES, flagfiles
 from maml.settings.settings import FLAGS, Settings, parse
 
 
 class Job(NamedTuple):
-    """One run of `main.py`: its arguments, and the settings they come to."""
+    """One run of `maml`: its arguments, and the settings they come to."""
 
     arguments: tuple[str, ...]
     settings: Settings
@@ -23,7 +23,7 @@ class Job(NamedTuple):
 
 def command_line(arguments: Sequence[str], settings: Settings) -> str:
     """What to type for a run of these arguments and settings; see `shown`."""
-    return f"{program()} {shlex.join(shown(arguments, settings))}"
+    return shlex.join(["maml", *shown(arguments, settings)])
 
 
 def shown(arguments: Sequence[str], settings: Settings) -> list[str]:
@@ -31,18 +31,17 @@ def shown(arguments: Sequence[str], settings: Settings) -> list[str]:
 
     That is without the folders, but one's own images stay, and with our flagfiles by their short names.
     """
-    hidden = ("--logdir=",) if settings.datasource == "folder" else ("--logdir=", "--data_dir=")
+    hidden = ("--logdir=",) if settings.dataset.is_data_dir else ("--logdir=", "--data_dir=")
     ours = f"--flagfile={flagfiles()}/"
     kept = [argument for argument in arguments if not argument.startswith(hidden)]
     return [argument.replace(ours, f"--flagfile={FLAGFILES}/", 1) for argument in kept]
 
 
 def job(arguments: Sequence[str]) -> Job:
-    """The job of the given arguments; raises UserError if `main.py` would refuse them."""
+    """The job of the given arguments; raises UserError if `maml` would refuse them."""
     return Job(tuple(arguments), parse(arguments))
 
 
 def given_flags(but: Sequence[str] = ()) -> list[str]:
-    """The flags of `main.py` on this command line, as arguments to hand on; not those named in `but`."""
-    ours = FLAGS.flags_by_module_dict()["maml.settings"]
-    return [flag.serialize() for flag in ours if flag.present and flag.name not in but]
+    """The flags of a run on this command line, as arguments to hand on; not those named in `but`."""
+    return [flag.serialize() for flag in of_settings(FLAGS) if flag.present and flag.name not in but]

@@ -1,15 +1,22 @@
-"""Flags that only one learner reads; it declares them, and its `__init__` takes them by name."""
+"""Flags that only one learner, or one command, reads."""
 
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+from maml import tables
+from maml.errors import UserError
+from maml.process import silent_start
+
+DEFAULT_LEARNER = "maml"
+
 
 class Flag(NamedTuple):
-    """A flag of a learner's own. Its type is that of the default.
+    """A flag of one learner, whose class declares it, or of one command. Its type is that of the default.
 
     Fields:
-        name: on the command line, and of the keyword argument.
-        default: where it is not given and the paper says nothing for the data set.
+        name: on the command line, and of the keyword argument of the learner's `__init__`.
+        default: where it is not given and the paper says nothing for the data set. None: a path, not given.
+            A text is taken as it is.
         help: one line that names the paper's symbol.
         lower, upper: bounds of a number.
         choices: the values to choose from.
@@ -17,9 +24,31 @@ class Flag(NamedTuple):
     """
 
     name: str
-    default: bool | int | float | str
+    default: bool | int | float | str | None
     help: str
     lower: float | None = None
     upper: float | None = None
     choices: Sequence[str] = ()
     paper: Mapping[str, bool | int | float | str] = {}
+
+
+def flags_of(learner: str) -> Sequence[Flag]:
+    """The flags that only this learner reads. Imports its class, unless it is the default.
+
+    Args:
+        learner: a name in `tables.LEARNERS`, or "module:Class"; anything else has none.
+
+    Raises:
+        UserError: if there is no such class, or it is no learner.
+    """
+    if learner == DEFAULT_LEARNER or not tables.is_name(tables.LEARNERS, learner):
+        return ()
+    row = tables.LEARNERS.get(learner)
+    with silent_start():  # TensorFlow, mostly
+        kind = tables.load(row.home if row else learner)
+    if not isinstance(kind, type) or not hasattr(kind, "task_gradient"):
+        raise UserError(
+            f"--learner={learner}: expected a class derived from maml.learners.base.Algorithm, got "
+            f"{kind!r:.100}. Check the name."
+        )
+    return kind.flags

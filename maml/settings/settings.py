@@ -1,86 +1,242 @@
-"""The command line's flags, the paper's values for each data set, and the checked `Settings` they become.
+"""`Settings`: every flag of a run once, as a field; and how the command line becomes checked settings.
 
 This module imports nothing heavy: a mistyped flag is answered at once.
 """
 
 import dataclasses
 import hashlib
+import os
 import pathlib
 import re
 from collections.abc import Mapping, Sequence
 
 from absl import flags
 
+from maml import tables
 from maml.errors import Failure as Failure
 from maml.errors import UserError as UserError
 from maml.settings import parsing
-from maml.settings.flags import define
-from maml.settings.paper import default_img_size, paper_values
+from maml.settings.checks import UNREAD, check_flags
+from maml.settings.flags import (
+    FOLDER,
+    INNER,
+    LEARNER,
+    MACHINE,
+    NETWORK,
+    OUTER,
+    TASK,
+    TEST,
+    define,
+    option,
+    read,
+)
+from maml.settings.own import DEFAULT_LEARNER, flags_of
 
 FLAGS = flags.FLAGS
-
 RANDOM = "random"
+NORMS = {"batch_norm": "batchnorm", "layer_norm": "layernorm", "None": "nonorm"}  # and in a run's name
+CHECKPOINTS = ("newest", "best")
+SCHEDULES = ("constant", "cosine", "linear")
 
-define(FLAGS)
 
-
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
-    """All flags, resolved and checked; field names are the flag names.
+    """All flags, resolved and checked; field names are the flag names, defaults those of the flags.
 
+    Names, types and defaults are those of the original `cbfinn/maml` where it has the flag.
     `train_update_batch_size` and `train_update_lr` hold the values the run is (or was) trained
     with; `update_batch_size` and `update_lr` those in force now.
     """
 
-    datasource: str
-    num_classes: int
-    update_batch_size: int
-    baseline: str | None
-    pretrain_iterations: int
-    metatrain_iterations: int
-    meta_batch_size: int
-    meta_lr: float
-    update_lr: float
-    num_updates: int
-    stop_grad: bool
-    norm: str
-    num_filters: int
-    conv: bool
-    max_pool: bool
-    log: bool
-    logdir: str
-    resume: bool
-    train: bool
-    test_iter: int
-    test_set: bool
-    train_update_batch_size: int
-    train_update_lr: float
-    num_query: int
-    test_num_query: int
-    test_num_updates: int
-    num_test_tasks: int
-    checkpoint: str
-    transductive: bool
-    init_from: str | None
-    data_dir: str
-    img_size: int | None
-    skip_bad_images: bool
-    seed: int
-    save_interval: int
-    keep: int | None
-    on_nan: str
-    tasks_per_chunk: int | None
-    mixed_precision: bool
-    jit_compile: bool | None
-    deterministic: bool
-    # Those that only its learner reads, {name: value}.
+    datasource: str = option(
+        TASK, "sinusoid", "data set the tasks T_i ~ p(T) are drawn from", table=tables.DATASETS
+    )
+    num_classes: int = option(TASK, 5, "N, the ways of a classification task", 2)
+    update_batch_size: int = option(TASK, 5, "K, support examples per class (inner loop)", 1)
+    num_query: int = option(TASK, None, "Q, query examples per class in training [K]", 1)
+    baseline: str | None = option(
+        TASK, None, "oracle: the network is told the task (sinusoid only)", choices=("oracle",)
+    )
+    data_dir: str = option(
+        TASK,
+        os.environ.get("MAML_DATA_DIR") or "data",
+        "folder of the data sets, or of your own images (also .tar, .zip)\n\n"
+        "It holds omniglot/, say (environment: MAML_DATA_DIR). For --datasource=folder it is the folder, "
+        ".tar or .zip of {train,val,test}/<class>/* or <class>/* itself, where <class> may be several "
+        "folders deep.",
+    )
+    img_size: int | None = option(
+        TASK, None, "side of the images, pixels [Omniglot 28, photographs 84]", 16, 4096
+    )
+    skip_bad_images: bool = option(TASK, False, "leave out images that cannot be read instead of stopping")
+    class_split: str | None = option(
+        TASK,
+        None,
+        "lists of the classes of each split [by --seed]\n\n"
+        'For tfds:NAME and folder: a JSON file of {"train": [class, …], "val": …, "test": …}, or a folder '
+        "of train.txt, val.txt and test.txt with a class on every line. Classes in none are left out.",
+    )
+    seed: int = option(TASK, 0, "of the weights, the class split and the episodes", 0, 2**31)
+
+    learner: str = option(
+        LEARNER,
+        DEFAULT_LEARNER,
+        "the algorithm; its own flags: --learner=NAME --help\n\n"
+        "A name of `maml list learners`, or module:Class on the Python path.",
+        table=tables.LEARNERS,
+    )
+
+    network: str = option(
+        NETWORK,
+        None,
+        "the network [sinusoid mlp, images conv4]\n\n"
+        "A name of `maml list networks`, or module:function on the Python path.",
+        table=tables.NETWORKS,
+    )
+    conv: bool = option(NETWORK, True, "convolutional; --noconv: fully connected (images only)")
+    num_filters: int = option(NETWORK, 64, "filters per convolution [paper's]", 1)
+    max_pool: bool = option(NETWORK, False, "2×2 max-pooling instead of stride 2 [paper's]")
+    norm: str = option(NETWORK, "batch_norm", "normalization [paper's]", choices=tuple(NORMS))
+    init_from: str | None = option(
+        NETWORK,
+        None,
+        "weights to begin with, of a run or a checkpoint; or 'random'\n\n"
+        "The newest checkpoint of a run folder, or one by its name, the original's too; 'random' for fresh "
+        "ones, to test them with --metatrain_iterations=0.",
+    )
+
+    update_lr: float = option(
+        INNER,
+        1e-3,
+        "α, the inner step size [paper's, sinusoid 0.001]\n\n"
+        "It acts on the cross entropy summed over examples and divided by K (N times the mean), or on the "
+        "mean squared error.",
+        0.0,
+    )
+    num_updates: int = option(INNER, 1, "inner gradient steps in training [paper's]", 1)
+    stop_grad: bool = option(INNER, False, "first-order MAML: no second derivatives (section 5.2)")
+
+    metatrain_iterations: int = option(
+        OUTER, 15000, "meta-training iterations (paper: 60000, sinusoid 70000)", 0
+    )
+    pretrain_iterations: int = option(OUTER, 0, "iterations of joint training without adaptation before", 0)
+    meta_batch_size: int = option(OUTER, 25, "tasks per meta-update [paper's]", 1)
+    meta_lr: float = option(OUTER, 0.001, "β, the meta step size", 0.0)
+    meta_optimizer: str | None = option(
+        OUTER,
+        None,
+        "optimizer of step size β [adam, or the learner's]\n\n"
+        "adam is TensorFlow 1's, as in the original; the others are Keras', with its defaults, or "
+        "module:Class on the Python path.",
+        table=tables.OPTIMIZERS,
+    )
+    meta_schedule: str = option(
+        OUTER, "constant", "how β falls to 0 over the iterations, if it does", choices=SCHEDULES
+    )
+    on_nan: str = option(
+        OUTER,
+        "stop",
+        "if a loss or the meta-gradient is not finite: stop and say where, or skip the update",
+        choices=("stop", "skip"),
+    )
+
+    train: bool = option(TEST, True, "train, then test; --notrain: only test")
+    test_set: bool = option(
+        TEST, False, "test on the meta-test classes instead of the meta-validation classes"
+    )
+    num_test_tasks: int = option(TEST, 600, "tasks the test averages over", 2)
+    test_num_updates: int = option(TEST, 10, "inner gradient steps at validation and test", 1)
+    test_num_query: int = option(TEST, None, "Q at validation and test [K]", 1)
+    transductive: bool = option(
+        TEST,
+        True,
+        "batch norm of the query set by its own statistics, not the support set's\n\n"
+        "At validation and test. By its own, as in the original; --notransductive: by the support set's.",
+    )
+    checkpoint: str = option(
+        TEST,
+        "newest",
+        "which checkpoint to test; best: at meta-validation\n\n"
+        "That is after --num_updates steps, as the paper's author chose.",
+        choices=CHECKPOINTS,
+    )
+    test_iter: int = option(TEST, -1, "iteration of the checkpoint to test, -1 for the newest", -1)
+    train_update_batch_size: int = option(TEST, -1, "K the tested run was trained with, if it differs", -1)
+    train_update_lr: float = option(TEST, -1.0, "α the tested run was trained with, if it differs")
+
+    logdir: str = option(FOLDER, "/tmp/data", "folder that holds the run folders")
+    resume: bool = option(FOLDER, True, "resume from the newest checkpoint of this run, if there is one")
+    save_interval: int = option(FOLDER, 1000, "iterations between checkpoints (and validations)", 1)
+    keep: int | None = option(FOLDER, None, "newest checkpoints to keep, beside the best [all]", 2)
+    log: bool = option(FOLDER, True, "write TensorBoard event files")
+
+    tasks_per_chunk: int | None = option(
+        MACHINE,
+        None,
+        "tasks held in memory at once; fewer save memory [chosen]\n\n"
+        "The meta-gradient is summed over parts of so many tasks, the same to rounding; for a meta-batch "
+        "that does not fit. Each may take longer. Chosen: one per core with convolutions, else the "
+        "meta-batch.",
+        1,
+    )
+    jit_compile: bool | None = option(
+        MACHINE,
+        None,
+        "compile the training with XLA: faster, slow to start [chosen]\n\n"
+        "Chosen: only for networks without convolutions.",
+    )
+    mixed_precision: bool = option(
+        MACHINE,
+        False,
+        "hidden layers compute in bfloat16, where hardware is fast in it\n\n"
+        "Weights, gradients, norms, the head and the losses stay float32; the run gets a folder of its own.",
+    )
+    deterministic: bool = option(
+        MACHINE,
+        False,
+        "the same result bit for bit on a GPU too, at some cost in speed\n\nOn a CPU it is so anyway.",
+    )
+
+    # Those of the learner's own, {name: value}.
     own: Mapping[str, object] = dataclasses.field(default_factory=dict)
-    learner: str = "maml"
+
+    @property
+    def by_flag(self) -> dict[str, object]:
+        """{name of a flag: its value}, the learner's own among them."""
+        return {name: value for name, value in vars(self).items() if name != "own"} | dict(self.own)
+
+    @property
+    def dataset(self) -> tables.Dataset:
+        """What is known of the data set; imports it if it is custom."""
+        return tables.dataset(self.datasource)
 
     @property
     def classification(self) -> bool:
         """Whether the tasks are N-way classification (else regression)."""
-        return self.datasource != "sinusoid"
+        return self.dataset.classification
+
+    @property
+    def trained_steps(self) -> int:
+        """Inner steps in training; 0 where the learner takes none."""
+        return self.num_updates if tables.learner(self.learner).steps else 0
+
+    @property
+    def tested_steps(self) -> int:
+        """Inner steps at validation and test; 0 where the learner takes none."""
+        return self.test_num_updates if tables.learner(self.learner).steps else 0
+
+    @property
+    def method(self) -> str:
+        """In words: "second order" or "first order" of MAML, else the learner's name."""
+        if self.learner != DEFAULT_LEARNER:
+            return self.learner
+        return "first order" if self.stop_grad else "second order"
+
+    @property
+    def is_transductive(self) -> bool:
+        """Whether a prediction at test depends on the other queries, by batch norm."""
+        by_batch = self.own.get("test_statistics", "batch") == "batch"
+        return self.norm == "batch_norm" and self.transductive and by_batch
 
     @property
     def task(self) -> str:
@@ -89,15 +245,17 @@ class Settings:
         return f"{way}{self.update_batch_size}-shot"
 
     @property
-    def input_shape(self) -> tuple[int, ...]:
-        """Of one example: (1,), of the oracle (3,), of an image (H, W, C)."""
-        if not self.classification:
-            return (3,) if self.baseline == "oracle" else (1,)
-        return (self.img_size, self.img_size, 1 if self.datasource == "omniglot" else 3)
+    def input_shape(self) -> tuple[int, ...] | None:
+        """Of one example: (1,), of the oracle (3,), of an image (H, W, C); None: only its episodes say."""
+        if self.baseline == "oracle":
+            return self.dataset.oracle_inputs
+        if self.dataset.channels is None:
+            return self.dataset.inputs
+        return (self.img_size, self.img_size, self.dataset.channels)
 
     @property
     def iterations(self) -> int:
-        """Iterations of the whole run: pre-training, then meta-training."""
+        """Iterations of the run: pre-training, then meta-training."""
         return self.pretrain_iterations + self.metatrain_iterations
 
     @property
@@ -115,24 +273,39 @@ class Settings:
         name += f"hidden{self.num_filters}" if self.num_filters != 64 else ""
         name += "maxpool" if self.max_pool else ""
         name += "stopgrad" if self.stop_grad else ""
-        name += self.baseline or ""
-        name += {"batch_norm": "batchnorm", "layer_norm": "layernorm", "None": "nonorm"}[self.norm]
-        name += ".noconv" if self.classification and not self.conv else ""
-        name += f".metalr{self.meta_lr}" if self.meta_lr != 0.001 else ""
-        name += f".query{self.num_query}" if self.num_query != self.train_update_batch_size else ""
-        if self.pretrain_iterations and not self.baseline:
-            name += f".pretrain{self.pretrain_iterations}"
-        if self.datasource == "folder":
-            # The data set is its own name; those of the others differ by the paper's values.
-            name += f".folder-{re.sub(r'[^a-zA-Z0-9_-]+', '-', pathlib.Path(self.data_dir).resolve().stem)}"
-        name += ".bfloat16" if self.mixed_precision else ""
-        name += f".img{self.img_size}" if self.img_size != default_img_size(self.datasource) else ""
+        name += (self.baseline or "") + NORMS[self.norm]
+        return name + "".join(f".{part}" for part in self._name_parts() if part)
+
+    def _name_parts(self) -> list[str | None]:
+        """What the original's name leaves out; None where it is as there."""
+        data, start = self.dataset, None
         if self.init_from == RANDOM:
-            name += ".from-random"
+            start = "from-random"
         elif self.init_from:
             where = str(pathlib.Path(self.init_from).resolve())
-            name += f".from-{hashlib.sha256(where.encode()).hexdigest()[:8]}"
-        return name + (f".seed{self.seed}" if self.seed else "")
+            start = f"from-{hashlib.sha256(where.encode()).hexdigest()[:8]}"
+        if data.is_data_dir:  # it is its own name
+            source = f"{self.datasource}-{pathlib.Path(self.data_dir).resolve().stem}"
+        else:
+            source = self.datasource if data.in_run_name else None
+        network = "noconv" if self.network == "mlp" else self.network
+        of_adam = self.meta_optimizer in (None, "adam" if self.learner == DEFAULT_LEARNER else None)
+        joint = self.pretrain_iterations and not self.baseline
+        return [
+            None if self.learner == DEFAULT_LEARNER else _part(self.learner),
+            None if self.network == data.network else _part(network),
+            None if of_adam else _part(self.meta_optimizer),
+            None if self.meta_schedule == "constant" else self.meta_schedule,
+            f"metalr{self.meta_lr}" if self.meta_lr != 0.001 else None,
+            f"query{self.num_query}" if self.num_query != self.train_update_batch_size else None,
+            f"pretrain{self.pretrain_iterations}" if joint else None,
+            source and _part(source),
+            f"split-{_part(pathlib.Path(self.class_split).resolve().stem)}" if self.class_split else None,
+            "bfloat16" if self.mixed_precision else None,
+            f"img{self.img_size}" if self.img_size != data.side else None,
+            start,
+            f"seed{self.seed}" if self.seed else None,
+        ]
 
     @property
     def run_dir(self) -> pathlib.Path:
@@ -140,15 +313,23 @@ class Settings:
         return pathlib.Path(self.logdir) / self.run_name
 
 
+def _part(text: str) -> str:
+    """As a part of a file name; the names of classes and paths have other characters."""
+    return re.sub(r"[^a-zA-Z0-9_-]+", "-", text)
+
+
+define(FLAGS, Settings)
+
+
 def parse(arguments: Sequence[str]) -> Settings:
-    """The settings that `python main.py` runs with when given these arguments.
+    """The settings that `maml` runs with when given these arguments.
 
     Raises:
-        UserError: where `main.py` would end with one.
+        UserError: where `maml` would end with one.
     """
     values = flags.FlagValues()
-    define(values)
-    if rest := parsing.read(values, arguments):
+    define(values, Settings)
+    if rest := read(values, list(arguments)):
         raise parsing.not_flags(rest)
     return resolve(values)[0]
 
@@ -157,104 +338,72 @@ def resolve(values: flags.FlagValues = FLAGS) -> tuple[Settings, dict[str, objec
     """Checks the parsed flags and fills in what was not given.
 
     Returns:
-        The settings, and those of them that were taken from the paper (to be said aloud).
+        The settings, and those of them that were taken from the paper (to be printed).
 
     Raises:
         UserError: on a combination of flags that makes no sense.
     """
-    names = {field.name for field in dataclasses.fields(Settings)} - {"own", "learner"}
-    given = {name: values[name].value for name in names}
-    _refuse_nonsense(given, lambda name: bool(values[name].present))
+    given = {field.name: values[field.name].value for field in dataclasses.fields(Settings) if field.metadata}
+    present = {name for name in given if values[name].present}
+    data = tables.dataset(given["datasource"])
+    check_flags(given, present, data)
 
     shot = given["update_batch_size"]
     train_shot = given["train_update_batch_size"] if given["train_update_batch_size"] > 0 else shot
-    paper = paper_values(given["datasource"], given["num_classes"], train_shot)
-    if not given["conv"]:
-        paper.update(max_pool=False, num_filters=64)
-    paper = {name: value for name, value in paper.items() if not values[name].present}
+    if given["network"] is None:
+        given["network"] = data.network if given["conv"] else "mlp"
+    given["conv"] = given["conv"] and (given["network"] != "mlp" or not data.classification)
+    paper = data.paper(given["num_classes"], train_shot)
+    paper |= tables.learner(given["learner"]).paper(given["datasource"], given["num_classes"], train_shot)
+    if given["network"] != data.network:
+        paper |= {name: value for name, value in UNREAD.items() if name in paper}
+    paper = {name: value for name, value in paper.items() if name not in present}
     given.update(paper)
     if given["baseline"] == "oracle":
         # The oracle has nothing to adapt to: as in the original, all its iterations are joint training.
         given["pretrain_iterations"] += given["metatrain_iterations"]
         given["metatrain_iterations"] = 0
+    if given["learner"] == DEFAULT_LEARNER:
+        given["meta_optimizer"] = given["meta_optimizer"] or "adam"
     given["train_update_batch_size"] = train_shot
     if given["train_update_lr"] < 0:
         given["train_update_lr"] = given["update_lr"]
-    given["img_size"] = given["img_size"] or default_img_size(given["datasource"])
+    given["img_size"] = given["img_size"] or data.side
     given["num_query"] = given["num_query"] or train_shot
     given["test_num_query"] = given["test_num_query"] or shot
     if not given["transductive"] and given["norm"] != "batch_norm":
         raise UserError(
-            f"--notransductive concerns batch norm; found --norm={given['norm']}, which treats every "
-            f"example by itself, needed batch_norm. Drop --notransductive."
+            f"--notransductive: expected batch norm, got --norm={given['norm']}, which treats every example "
+            f"by itself. Leave out --notransductive."
         )
-    settings = Settings(**given)
+    own, from_paper = _own(values, given["learner"], given["datasource"])
+    settings = Settings(**given, own=own)
     if len(settings.run_name) > parsing.LONGEST_PART:
         raise UserError(
-            f"found a run folder's name of {len(settings.run_name)} characters ({settings.run_name}), needed "
-            f"at most {parsing.LONGEST_PART}. Rename the folder of --data_dir."
+            f"expected a run folder's name of at most {parsing.LONGEST_PART} characters, got one of "
+            f"{len(settings.run_name)} ({settings.run_name}). Rename the folder of --data_dir."
         )
-    return settings, paper
+    return settings, paper | from_paper
 
 
-def _refuse_nonsense(given: dict, present) -> None:
-    if given["baseline"] == "oracle" and given["datasource"] != "sinusoid":
-        raise UserError(
-            f"--baseline=oracle needs amplitude and phase, which only the sinusoid has; found "
-            f"--datasource={given['datasource']}. Use --datasource=sinusoid or drop --baseline."
-        )
-    if not given["conv"] and given["max_pool"] and present("max_pool"):
-        raise UserError("--max_pool needs a convolutional network; found --noconv. Drop one of the two.")
-    if given["datasource"] == "sinusoid" and given["img_size"]:
-        raise UserError("--img_size needs images; found --datasource=sinusoid. Drop --img_size.")
-    if given["datasource"] == "folder" and not present("data_dir"):
-        raise UserError(
-            "--datasource=folder needs --data_dir=DIR, the folder of {train,val,test}/<class>/* or "
-            "<class>/*; found none. Give it."
-        )
-    if given["train"]:
-        for name in ("train_update_batch_size", "train_update_lr", "test_iter"):
-            if given[name] != -1:
-                raise UserError(
-                    f"--{name} selects the run or checkpoint to test; found training on, needed it off. "
-                    f"Add --train=False, or drop --{name}."
-                )
-        if given["pretrain_iterations"] + given["metatrain_iterations"] == 0 and not given["init_from"]:
-            raise UserError(
-                "nothing to train: found --pretrain_iterations=0 and --metatrain_iterations=0, needed more. "
-                "Set one of them, or test with --train=False, or test other weights with --init_from "
-                "(--init_from=random: untrained ones)."
-            )
-    if given["checkpoint"] == "best" and given["test_iter"] != -1:
-        raise UserError(
-            f"found --checkpoint=best and --test_iter={given['test_iter']}, which both choose a checkpoint; "
-            f"needed one of them. Drop the other."
-        )
-    if given["train_update_batch_size"] == 0 or (
-        given["train_update_lr"] < 0 and given["train_update_lr"] != -1
-    ):
-        raise UserError(
-            "--train_update_batch_size and --train_update_lr need a value above 0, or -1 for the one in "
-            f"force; found {given['train_update_batch_size']} and {given['train_update_lr']}. Give one, or "
-            f"drop them."
-        )
+def _own(values: flags.FlagValues, learner: str, datasource: str) -> tuple[dict, dict]:
+    """The flags of the learner's own, and those of them that its paper gives for the data set."""
+    own, paper = {}, {}
+    for flag in flags_of(learner):
+        own[flag.name] = values[flag.name].value
+        if not values[flag.name].present and datasource in flag.paper:
+            own[flag.name] = paper[flag.name] = flag.paper[datasource]
+    return own, paper
 
 
 def as_flagfile(settings: Settings) -> str:
     """The settings as the text of an absl flagfile that repeats the run."""
-    lines = []
-    for name, value in dataclasses.asdict(settings).items():
-        if value is None or name in (
-            "own",
-            "learner",
-            "train_update_batch_size",
-            "train_update_lr",
-            "test_iter",
-            "checkpoint",
-        ):
-            continue
-        lines.append(f"--{name}={str(value).lower() if isinstance(value, bool) else value}")
-    return "\n".join(lines) + "\n"
+    left_out = ("train_update_batch_size", "train_update_lr", "test_iter", "checkpoint")
+    return "".join(
+        f"--{name}={str(value).lower() if isinstance(value, bool) else value}\n"
+        for name, value in settings.by_flag.items()
+        if value is not None and name not in left_out
+    )
 
 
 def read_flagfile(text: str) -> dict[str, str]:

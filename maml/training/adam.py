@@ -109,13 +109,20 @@ class TorchAdam(keras.optimizers.Adam):
         square = self.beta_2 * v.value + (1 - self.beta_2) * tf.square(gradient)
         m.assign(mean)
         v.assign(square)
-        variable.assign(value - rate * mean / (tf.sqrt(square) / root + self.biased(self.epsilon, root)))
+        variable.assign(value - rate * mean / self._scale(tf.sqrt(square), root))
 
-    def biased(self, epsilon: float, root: tf.Tensor) -> float | tf.Tensor:
-        """What is added to √v/√(1 − β₂ᵗ): ε. `root` is √(1 − β₂ᵗ)."""
-        return epsilon
+    def _scale(self, biased: tf.Tensor, root: tf.Tensor) -> tf.Tensor:
+        return biased / root + self.epsilon
 
     def get_config(self):
         config = super().get_config()
         names = ("name", "learning_rate", "beta_1", "beta_2", "epsilon")
         return {name: config[name] for name in names} | {"weight_decay": self.l2}
+
+
+@keras.saving.register_keras_serializable("maml")
+class ExactAdam(TorchAdam):
+    """The same in TensorFlow's form, η·√(1 − β₂ᵗ)/(1 − β₁ᵗ) · m / (√v + ε), without TensorFlow's rounding."""
+
+    def _scale(self, biased: tf.Tensor, root: tf.Tensor) -> tf.Tensor:
+        return (biased + self.epsilon) / root

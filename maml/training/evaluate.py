@@ -47,6 +47,8 @@ class TestResult(NamedTuple):
     def diverged(self) -> int:
         """Tasks whose support loss after the last inner step is no lower than before the first, or NaN."""
         loss = self.support["loss"]
+        if loss.shape[1] == 1:
+            return 0
         return int((~(loss[:, -1] < loss[:, 0])).sum())
 
     def series(self, measure: str) -> Series:

@@ -160,7 +160,13 @@ def training_blocks(
     """
     if _is_source(episodes):
         source = as_source(episodes, needs, spec, split)
-        yield from stream(source, spec, split, meta_batch=meta_batch, length=length, begin=begin)
+        made = 0
+        for block in stream(source, spec, split, meta_batch=meta_batch, length=length, begin=begin):
+            last = min(block.last, block.first + iterations - made)
+            yield block._replace(last=last)
+            made += last - block.first
+            if made == iterations:
+                return
     given = _again_and_again(_iterable(episodes))
     for made in range(0, iterations, length):
         count = min(length, iterations - made)

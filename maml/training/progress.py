@@ -34,7 +34,7 @@ class Progress:
     def advance(self, update: Update) -> None:
         """Shows that the iterations of an update were made."""
         count, self._done = update.iteration - self._done, update.iteration
-        now = time.monotonic()
+        self._last = now = time.monotonic()
         if self._steady is None:
             self._steady = now, self._done
             self._bar.unpause()
@@ -60,6 +60,12 @@ class Progress:
         rate = (self._done - self._rate_from) / max(now - self._last_rate, 1e-9)
         self._last_rate, self._rate_from = now, self._done
         return rate
+
+    def seconds_per_iteration(self) -> float | None:
+        """Since the first call, which compiles; None if there was no other."""
+        if self._steady is None or self._done == self._steady[1]:
+            return None
+        return (self._last - self._steady[0]) / (self._done - self._steady[1])
 
     def seconds(self) -> float:
         """Since the beginning."""

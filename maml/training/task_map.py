@@ -108,9 +108,7 @@ class TaskMap:
 
 def _some_tasks(episodes: Episode, begin: int | tf.Tensor, count: int) -> Episode:
     """`count` tasks from the one at `begin` on. A slice of constant size, as XLA wants it."""
-    return Episode(
-        *[
-            tf.slice(field, [begin] + [0] * (field.shape.rank - 1), [count, *field.shape[1:]])
-            for field in episodes
-        ]
+    return tf.nest.map_structure(
+        lambda field: tf.slice(field, [begin] + [0] * (field.shape.rank - 1), [count, *field.shape[1:]]),
+        episodes,
     )

@@ -19,7 +19,7 @@ from maml.networks.mlp import mlp
 from maml.training.adam import TorchAdam
 from maml.training.outer_loop import OuterLoop
 from maml.training.task_map import TaskMap
-from tests.parity_cases import Case, relative
+from tests.parity_cases import Case, Errors
 
 ONE_BY_ONE = TaskMap(vectorize=False, jit_compile=False)
 BATCHES = ("b0", "b1", "b2")
@@ -43,9 +43,9 @@ class Run(NamedTuple):
     @classmethod
     def of(cls, case: Case) -> "Run":
         """The run of a case."""
-        dead = {name for bias in case.side.get("dead_biases", ()) for name in (bias, f"lr/{bias}")}
+        dead = {name for bias in case.info.get("dead_biases", ()) for name in (bias, f"lr/{bias}")}
         groups = (case.group(prefix) for prefix in ("in/", "init/", "f64/"))
-        return cls(case.side.get("settings") or {}, dead, *groups)
+        return cls(case.info.get("settings") or {}, dead, *groups)
 
     def under(self, prefix: str) -> dict[str, np.ndarray]:
         """{name: what is wanted under prefix/name}, without dead biases and their learned rates."""
@@ -55,16 +55,6 @@ class Run(NamedTuple):
             if name.startswith(f"{prefix}/")
         }
         return {name: array for name, array in found.items() if name not in self.dead}
-
-
-class Errors(dict):
-    """{quantity: the largest relative error so far}."""
-
-    def add(self, quantity: str, found: np.ndarray, wanted: np.ndarray) -> None:
-        """Takes in the largest difference over the largest entry wanted; NaN stays."""
-        error = relative(found, wanted)
-        worst = self.get(quantity, 0.0)
-        self[quantity] = worst if error <= worst else error
 
 
 # --- Names, weights, episodes ---------------------------------------------------------------------------

@@ -17,8 +17,8 @@ from tests.parity_cases.gradient import BATCHES, ONE_BY_ONE, Errors, Run, assign
 class TensorFlowAdam(TorchAdam):
     """TensorFlow's form with numbers in float64, as the original was run for the fixtures."""
 
-    def biased(self, epsilon, root):
-        return epsilon / root
+    def _scale(self, biased, root):
+        return (biased + self.epsilon) / root
 
 
 class Fed(Leo):

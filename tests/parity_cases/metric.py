@@ -1,16 +1,25 @@
 """The metric learners against their originals, in float64: outputs, gradients, steps, test mode."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import keras
 import numpy as np
 import tensorflow as tf
 
-from maml.episodes import Episode
+from maml.episodes import Episode, SemiSupervisedEpisode
 from maml.learners.base import Algorithm
+from maml.learners.matching import Matching
+from maml.learners.metric import Embedded
 from maml.learners.prototypical import Prototypical
+from maml.learners.relation import Relation
+from maml.learners.semi_prototypical import SemiPrototypical
+from maml.learners.siamese import Siamese
 from maml.networks.conv4 import conv4
-from maml.training.adam import TorchAdam
+from maml.networks.conv4_map import conv4_map
+from maml.networks.koch import koch
+from maml.networks.lstm import LstmWeights
+from maml.training.adam import ExactAdam, TorchAdam
+from maml.training.layerwise import LayerwiseSGD
 from maml.training.outer_loop import OuterLoop
 from maml.training.task_map import TaskMap
 from tests.parity_cases import Case, relative
@@ -60,7 +69,9 @@ def names_of(network: keras.Model) -> Variables:
     found = {}
     for layer in network.layers:
         for variable in layer.variables:
-            home = f"bn{int(layer.name[-1]) + 1}" if layer.name.startswith("norm") else layer.name
+            home = layer.name
+            if "norm" in home:
+                home = f"{home.replace('norm', 'bn')[:-1]}{int(home[-1]) + 1}"
             found[f"{home}/{variable.name.replace('moving_variance', 'moving_var')}"] = variable
     return found
 
@@ -78,7 +89,7 @@ def weight_errors(case: Case, variables: Variables, group: str) -> Errors:
     Biases before batch norm have no gradient but rounding: they, and the moving means that carry them, are
     judged by their absolute deviation.
     """
-    dead = set(case.side["dead_biases"])
+    dead = set(case.info["dead_biases"])
     carried = {name.replace("conv", "bn").replace("bias", "moving_mean") for name in dead}
     errors = {}
     for name, reference in case.group(group).items():
@@ -90,19 +101,21 @@ def weight_errors(case: Case, variables: Variables, group: str) -> Errors:
     return errors
 
 
-def gradient_errors(case: Case, algorithm: Algorithm, variables: Variables, gradient: list) -> Errors:
+def gradient_errors(
+    case: Case, algorithm: Algorithm, variables: Variables, gradient: list, group: str = "f64/grad/"
+) -> Errors:
     """Errors of the raw gradient; dead biases against the largest entry of all."""
-    largest = max(np.abs(a).max(initial=0) for a in case.group("f64/grad/").values())
+    largest = max(np.abs(a).max(initial=0) for a in case.group(group).values())
     by_id = {id(variable): g.numpy() for variable, g in zip(algorithm.variables, gradient, strict=True)}
     errors = {}
-    for name, reference in case.group("f64/grad/").items():
+    for name, reference in case.group(group).items():
         found = by_id[id(variables[name])]
-        if name in case.side["dead_biases"]:
-            errors[f"grad/{name} (dead)"] = float(np.abs(found - reference).max() / largest)
+        if name in case.info["dead_biases"]:
+            errors[f"{group}{name} (dead)"] = float(np.abs(found - reference).max() / largest)
         else:
-            errors[f"grad/{name}"] = relative(found, reference)
+            errors[f"{group}{name}"] = relative(found, reference)
     trained = {name for name, variable in variables.items() if id(variable) in by_id}
-    assert trained == set(case.group("f64/grad/")), trained
+    assert trained == set(case.group(group)), trained
     return errors
 
 
@@ -115,7 +128,7 @@ def trained(
     *,
     step: str = "f64/step{}/",
     losses: str = "f64/traj/loss",
-    measure: str = "query_loss",
+    measured: Sequence[str] = ("query_loss",),
 ) -> tuple[OuterLoop, Errors]:
     """Errors of the weights after 1 and 3 updates by the outer loop, and of the losses before each."""
     outer = OuterLoop(algorithm, optimizer, TaskMap(vectorize=False, jit_compile=False))
@@ -123,7 +136,7 @@ def trained(
     errors, found = {}, []
     for first, last in ((0, 1), (1, 3)):
         measures = outer.block(block, tf.constant(first), tf.constant(last))
-        found += list(measures[measure].numpy()[first:last])
+        found += list(sum(measures[name].numpy() for name in measured)[first:last])
         errors |= weight_errors(case, variables, step.format(last))
     return errors | {losses: relative(np.array(found), case.arrays[losses])}
 
@@ -138,14 +151,6 @@ def raw_gradient(algorithm: Algorithm, episode: Episode) -> list[tf.Tensor]:
 def batched(episode: Episode) -> Episode:
     """With an axis of one task."""
     return tf.nest.map_structure(lambda x: tf.constant(x[np.newaxis]), episode)
-
-
-def forward(algorithm: Algorithm, episode: Episode) -> tuple[tf.Tensor, dict, list, tf.Tensor]:
-    """Embeddings of support and queries in training, measures, moved statistics, and the outputs."""
-    theta = algorithm.weights()
-    (support, query), _ = algorithm.embedded_in_training(theta, episode.support_x, episode.query_x)
-    _, measures, _ = algorithm.episode_loss(theta, episode)
-    return support, query, measures
 
 
 def compared(found: Mapping[str, object], case: Case, group: str) -> Errors:
@@ -200,4 +205,280 @@ def protonet(case: Case) -> Errors:
     return errors | at_test("f64/eval3/")
 
 
-CASES: Mapping[str, Callable[[Case], Errors]] = {"protonet": protonet}
+# --- Matching networks --------------------------------------------------------------------------------
+
+
+def matching(case: Case) -> Errors:
+    """oscarknagg's code; its context as it is, or easyfsl's, which is the paper's."""
+    context = case.settings["full_context"].split(":")[0]
+    options = dict(
+        full_context={"none": "off", "oscarknagg": "code", "paper": "paper"}[context],
+        attention_steps=case.settings["attention_steps"],
+        train_num_classes=case.settings["way"],
+    )
+    network = encoder(case)
+    algorithm = Matching(network, max_norm=case.settings["clip_global_norm"], **options)
+    variables, episode = names_of(network), episode_of(case)
+    names = [f"{lstm}/{part}" for lstm in ("g_fw", "g_bw", "f") for part in LstmWeights._fields]
+    variables |= dict(zip(names, algorithm.extra_variables, strict=False))
+    assign(variables, case.group("w/"))
+    errors = _matching_outputs(case, algorithm, episode)
+    for group, distance in (("f64/l2/", "euclidean"), ("f64/easyfsl/", "one_sided_cosine")):
+        if case.group(group):
+            other = Matching(network, distance=distance, **options)
+            for variable, value in zip(other.extra_variables, algorithm.extra_variables, strict=True):
+                variable.assign(value)
+            errors |= _matching_outputs(case, other, episode, group)
+
+    def at_test(group: str) -> Errors:
+        result = algorithm.evaluate(batched(episode), tf.constant(0))
+        found = {name: result.query[name][0, 0] for name in ("loss", "accuracy")}
+        return compared(found | {"probabilities": tf.exp(result.predictions[0, 0])}, case, group)
+
+    errors |= at_test("f64/eval0/")
+    errors |= gradient_errors(case, algorithm, variables, raw_gradient(algorithm, episode))
+    errors |= trained(case, algorithm, TorchAdam(1e-3), variables, episode)
+    assign(variables, case.group("f64/step3/"))
+    return errors | at_test("f64/eval3/")
+
+
+def _matching_outputs(case: Case, algorithm: Matching, episode: Episode, group: str = "f64/out/") -> Errors:
+    theta = algorithm.weights()
+    (support, query), _ = algorithm.embedded_in_training(theta, episode.support_x, episode.query_x)
+    state = Embedded(
+        theta, algorithm.summarized(support, episode.support_y, case.settings["way"]), episode.support_y
+    )
+    log_p = algorithm.compared(state, query)
+    g, f = support, query
+    if algorithm.full_context != "off":
+        g, f = algorithm.in_context(theta, support, query)
+    _, measures, _ = algorithm.episode_loss(theta, episode)
+    gradient = raw_gradient(algorithm, episode)
+    found = {
+        "embedding": np.concatenate([support, query]),
+        "distances": algorithm.distance(f, g),
+        "probabilities": tf.exp(log_p),
+        "log_probabilities": log_p,
+        "loss": measures["query_loss"],
+        "accuracy": measures["query_accuracy"],
+        "context_support": g,
+        "context_query": f,
+        "grad_norm": np.sqrt(sum(np.sum(np.square(part)) for part in gradient)),
+    }
+    return compared({name: found[name] for name in case.group(group)}, case, group)
+
+
+# --- Relation networks --------------------------------------------------------------------------------
+
+MEAN, DEVIATION = 0.92206, 0.08426  # by which the authors normalize both data sets
+
+
+def normalized(x: np.ndarray) -> np.ndarray:
+    """Images as the authors normalize them; the paper of a drawing is white."""
+    return ((1 - x if x.shape[-1] == 1 else x) - MEAN) / DEVIATION
+
+
+def relation(case: Case) -> Errors:
+    """Sung et al.'s scripts."""
+    shape = case.arrays["in/support_x"].shape[1:]
+    drawings = shape[-1] == 1
+    filters = case.arrays["w/conv1/kernel"].shape[-1]
+    network = conv4_map(shape, filters=filters, dtype="float64")
+    bounds = case.settings["clip_global_norm"]
+    assert bounds["encoder"] == bounds["relation"], bounds
+    algorithm = Relation(
+        network,
+        relation_units=case.settings["relation_dim"],
+        relation_padding="same" if drawings else "valid",
+        max_norm=bounds["encoder"],
+        train_num_classes=case.settings["way"],
+    )
+    variables, episode = names_of(network) | names_of(algorithm.module), episode_of(case)
+    episode = episode._replace(support_x=normalized(episode.support_x), query_x=normalized(episode.query_x))
+    assign(variables, case.group("w/"))
+    weights = algorithm.weights()[: len(network.trainable_variables)]
+    _, measures, _ = algorithm.episode_loss(algorithm.weights(), episode)
+    # The authors never leave training: what it computes is the test by batch statistics too.
+    result = algorithm.evaluate(batched(episode), tf.constant(0))
+    gradient = raw_gradient(algorithm, episode)
+
+    def norm(parts: list) -> float:
+        return np.sqrt(sum(np.sum(np.square(part)) for part in parts))
+
+    errors = compared(
+        {
+            "support_map": algorithm.stateless.outputs(weights, episode.support_x),
+            "query_map": algorithm.stateless.outputs(weights, episode.query_x),
+            "relations": result.predictions[0, 0],
+            "loss": measures["query_loss"],
+            "accuracy": measures["query_accuracy"],
+            "grad_norm_encoder": norm(gradient[: len(weights)]),
+            "grad_norm_relation": norm(gradient[len(weights) :]),
+        },
+        case,
+        "f64/out/",
+    )
+    errors["test loss"] = relative(result.query["loss"][0, 0], case.arrays["f64/out/loss"])
+    errors |= gradient_errors(case, algorithm, variables, gradient)
+    return errors | trained(case, algorithm, TorchAdam(1e-3), variables, episode)
+
+
+# --- Siamese networks ---------------------------------------------------------------------------------
+
+
+def siamese(case: Case) -> Errors:
+    """fangpin's code, on pairs given one by one; the paper's optimizer; a one-shot trial."""
+    arrays = case.arrays
+    white = {name: 1 - arrays[f"in/{name}"].astype(np.float64) for name in ("pair_a", "pair_b")}
+    trial = {name: 1 - arrays[f"in/oneshot_{name}"].astype(np.float64) for name in ("support", "query")}
+    count, way = len(white["pair_a"]), case.settings["oneshot_way"]
+    network = koch(
+        white["pair_a"].shape[1:],
+        filters=case.settings["filters"],
+        units=case.settings["dense"],
+        dtype="float64",
+    )
+    algorithm = Siamese(network, pairs="aligned")
+    variables = names_of(network)
+    variables |= dict(zip(("out/kernel", "out/bias"), algorithm.extra_variables, strict=True))
+    assign(variables, case.group("w/"))
+    # A pair is of one class where the labels agree.
+    labels = np.arange(count, dtype=np.int32)
+    same = arrays["in/pair_y"].astype(bool)
+    episode = Episode(white["pair_a"], labels, white["pair_b"], np.where(same, labels, -1).astype(np.int32))
+    theta = algorithm.weights()
+    (one, other), _ = algorithm.embedded_in_training(theta, episode.support_x, episode.query_x)
+    logits = algorithm.logits(theta, one, other)
+    _, measures, _ = algorithm.episode_loss(theta, episode)
+    oneshot = Episode(trial["support"], np.arange(way, dtype=np.int32), trial["query"], np.zeros(1, np.int32))
+    scores = algorithm.evaluate(batched(oneshot), tf.constant(0)).predictions[0, 0, 0]
+    errors = compared(
+        {
+            "logits": logits,
+            "probabilities": tf.sigmoid(logits),
+            "loss": measures["query_loss"],
+            "pair_accuracy": measures["query_accuracy"],
+            "embedding_a": one,
+            "embedding_b": other,
+            "oneshot_logits": scores,
+            "oneshot_prediction": tf.argmax(scores),
+        },
+        case,
+        "f64/out/",
+    )
+    errors |= gradient_errors(case, algorithm, variables, raw_gradient(algorithm, episode))
+    errors |= trained(case, algorithm, TorchAdam(6e-5), variables, episode)
+    assign(variables, case.group("w/"))
+    rules = LayerwiseSGD(case.settings["koch"]["(rate, momentum, l2)"])
+    where = dict(step="f64/koch_step{}/", losses="f64/koch_traj/loss")
+    return errors | trained(case, algorithm, rules, variables, episode, **where)
+
+
+# --- Semi-supervised prototypes -----------------------------------------------------------------------
+
+MODELS = {
+    "basic": "basic",
+    "kmeans-refine": "kmeans",
+    "kmeans-refine-radius": "cluster",
+    "kmeans-refine-mask": "mask",
+}
+
+
+def semisup(case: Case) -> Errors:
+    """Ren et al.'s code and, where the case has it, their paper's form."""
+    episode = episode_of(case)
+    if "in/unlabelled_x" in case.arrays:
+        episode = SemiSupervisedEpisode(*episode, images(case, "unlabelled_x"))
+    network = encoder(case, momentum=0.9, unbiased=False)
+    algorithm, variables = _semisup(case, network, "code")
+    errors = _semisup_outputs(case, algorithm, episode)
+
+    def at_test(group: str) -> Errors:
+        theta, result = algorithm.weights(), algorithm.evaluate(batched(episode), tf.constant(0))
+        logits = result.predictions[0, 0]
+        found = {"prediction": tf.nn.softmax(logits), "accuracy": result.query["accuracy"][0, 0]}
+        parts = _parts(episode)
+        support, *unlabeled = (algorithm.embedded(theta, x) for x in parts[:-1])
+        query = algorithm.embedded(theta, episode.query_x)
+        clusters = algorithm.refined(
+            theta, support, episode.support_y, case.settings["way"], *(unlabeled or [None])
+        )
+        for number, (centers, *_) in enumerate(clusters):
+            found[f"logits{number}"] = algorithm.logits(theta, query, centers)
+        return compared(found, case, group)
+
+    errors |= at_test("f64/eval0/")
+    errors |= gradient_errors(case, algorithm, variables, raw_gradient(algorithm, episode))
+    if case.group("derived64/paper/"):
+        paper, of_paper = _semisup(case, network, "paper")
+        errors |= _semisup_outputs(case, paper, episode, "derived64/paper/")
+        group = "derived64/paper/grad/"
+        errors |= gradient_errors(case, paper, of_paper, raw_gradient(paper, episode), group)
+    errors |= trained(
+        case, algorithm, ExactAdam(1e-3), variables, episode, measured=("query_loss", "weight_decay")
+    )
+    assign(variables, case.group("f64/step3/"))
+    return errors | at_test("f64/eval3/")
+
+
+def _semisup(case: Case, network: keras.Model, form: str) -> tuple[SemiPrototypical, Variables]:
+    settings = case.settings
+    algorithm = SemiPrototypical(
+        network,
+        refine=MODELS[settings["model"]],
+        refine_form=form,
+        refine_steps=max(settings["refinement_steps"], 1),
+        weight_decay=settings["weight_decay"],
+        train_num_classes=settings["way"],
+    )
+    variables = names_of(network)
+    variables |= {v.path: v for v in algorithm.extra_variables}
+    assign(variables, case.group("w/"))
+    return algorithm, variables
+
+
+def _parts(episode: Episode | SemiSupervisedEpisode) -> tuple:
+    unlabeled = (episode.unlabeled_x,) if isinstance(episode, SemiSupervisedEpisode) else ()
+    return (episode.support_x, *unlabeled, episode.query_x)
+
+
+def _semisup_outputs(
+    case: Case, algorithm: SemiPrototypical, episode: Episode, group: str = "f64/out/"
+) -> Errors:
+    theta, labels = algorithm.weights(), episode.support_y
+    (support, *unlabeled, query), _ = algorithm.embedded_in_training(theta, *_parts(episode))
+    clusters = algorithm.refined(theta, support, labels, case.settings["way"], *(unlabeled or [None]))
+    logits = algorithm.compared(Embedded(theta, clusters[-1].centers, labels), query)
+    loss, measures, _ = algorithm.episode_loss(theta, episode)
+    found = {
+        "logits": logits,
+        "prediction": tf.nn.softmax(logits),
+        "loss": loss,
+        "accuracy": measures["query_accuracy"],
+        "embedding_support": support,
+        "embedding_query": query,
+    }
+    if unlabeled:
+        found["embedding_unlabelled"] = unlabeled[0]
+    for number, (centers, assignment, mask) in enumerate(clusters):
+        # The authors' code adds the distractor cluster after it has recorded the first centers.
+        found[f"prototypes{number}"] = centers if number else centers[: case.settings["way"]]
+        found[f"logits{number}"] = algorithm.logits(theta, query, centers)
+        found |= {f"assignment{number}": assignment, f"mask{number}": mask}
+    if algorithm.refine == "mask":
+        tuning = algorithm.mask_tuning(theta, clusters[0].centers, unlabeled[0])
+        found |= dict(zip(("bias_start", "bias_add", "scale"), tuning, strict=True))
+    # How well the masks find the distractors is no part of what is learned or predicted.
+    expected = {
+        name for name in case.group(group) if not name.startswith(("grad/", "distractor_", "non_distractor_"))
+    }
+    return {f"{group}{name}": relative(found[name], case.arrays[group + name]) for name in expected}
+
+
+CASES: Mapping[str, Callable[[Case], Errors]] = {
+    "semisup": semisup,
+    "siamese": siamese,
+    "protonet": protonet,
+    "matching": matching,
+    "relation": relation,
+}

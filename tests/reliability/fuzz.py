@@ -52,8 +52,9 @@ def _audit(event: str, arguments: tuple) -> None:
     if event in FORBIDDEN:
         seen.append(f"{event}{arguments[:2]}")
     if event == "open" and isinstance(arguments[0], str | bytes) and (arguments[2] or 0) & WRITING:
-        path = os.path.realpath(os.fsdecode(arguments[0]))
-        if path != os.devnull and not path.startswith(f"{allowed}/"):
+        path = pathlib.Path(os.path.realpath(os.fsdecode(arguments[0])))
+        # The folder itself too: filelock 4 opens it with O_TMPFILE, for a file without a name inside it.
+        if path != pathlib.Path(os.devnull) and not path.is_relative_to(allowed):
             seen.append(f"{path} was written")
 
 

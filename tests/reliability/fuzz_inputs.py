@@ -20,6 +20,7 @@ from maml.datasets import folder, miniimagenet
 from maml.datasets.images import decode
 from maml.datasets.images import pickles as safe_pickle
 from maml.datasets.images.cache import cached
+from maml.settings.flags import of_settings
 from maml.settings.settings import FLAGS, as_flagfile, parse
 
 Feed = Callable[[], object]
@@ -66,7 +67,7 @@ def damaged(chance: random.Random, raw: bytes, most: int = 6) -> bytes:
 
 # --- Flags --------------------------------------------------------------------------------------------
 
-NAMES = sorted(flag.name for flag in FLAGS.flags_by_module_dict()["maml.settings"])
+NAMES = sorted(flag.name for flag in of_settings(FLAGS))
 VALUES = (
     *("", "0", "1", "2", "5", "-1", "3.5", "1e-3", "nan", "-inf", "1e999", "True", "false", "None", "0x1F"),
     *("sinusoid", "omniglot", "miniimagenet", "folder", "batch_norm", "oracle", "best", "random", "photos"),

@@ -7,9 +7,9 @@ import keras
 import pytest
 import tensorflow as tf
 
-from maml.datasets import table
 from maml.errors import UserError
 from maml.runs import build
+from maml.runs import data as run_data
 from maml.runs.folder import Run
 from maml.settings.settings import parse
 from tests import forked
@@ -49,7 +49,7 @@ def folder(saved, tmp_path) -> pathlib.Path:
 
 
 def begin(one: Run) -> None:
-    first = table.load_data(one.settings).sample(
+    first = run_data.load_data(one.settings).sample(
         build.train_spec(one.settings), "train", tf.zeros(1, tf.int64)
     )
     one.begin(first)

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from maml.datasets import table
 from maml.episodes import SPLITS
 from maml.errors import UserError
 from maml.runs import build
+from maml.runs import data as run_data
 from maml.settings.settings import parse
 from tests import forked
 from tests.reliability.test_bad_flags import assert_whole
@@ -88,7 +88,7 @@ def refused(folder: pathlib.Path, *flags: str) -> str:
     before = sorted(folder.rglob("*"))
     settings = parse([f"--logdir={folder / 'runs'}", "--num_classes=2", "--update_batch_size=1", *flags])
     with pytest.raises(UserError) as refusal:
-        data = table.load_data(settings)
+        data = run_data.load_data(settings)
         data.check(build.train_spec(settings), "train")
         data.check(build.test_spec(settings), settings.split)
     assert sorted(folder.rglob("*")) == before
@@ -224,7 +224,7 @@ def closed_folder():
 
 def test_a_folder_that_may_not_be_looked_into_is_named(closed_folder):
     with pytest.raises(UserError) as refusal:
-        table.load_data(parse(photos(closed_folder)))
+        run_data.load_data(parse(photos(closed_folder)))
     assert_whole(str(refusal.value), rf"cannot be read \(Permission denied at {closed_folder}/val")
 
 

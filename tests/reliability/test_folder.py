@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from maml.datasets import table
 from maml.errors import Failure, UserError
 from maml.runs import build
+from maml.runs import data as run_data
 from maml.runs.files import saved_iterations
 from maml.runs.folder import Run
 from maml.settings.settings import parse
@@ -25,7 +25,7 @@ class Training:
         self.settings = parse([f"--logdir={logdir}", "--metatrain_iterations=100", *flags])
         self.learner = Meta.built(self.settings, build.build_network(self.settings, (1,)))
         self.run = Run(self.settings, self.learner.phases)
-        self.data = table.load_data(self.settings)
+        self.data = run_data.load_data(self.settings)
 
     def begin(self) -> "Training":
         self.run.begin(self.data.sample(build.train_spec(self.settings), "train", tf.zeros(1, tf.int64)))

@@ -29,6 +29,7 @@ from maml.datasets.images.source import Decode, ImageFile, ImageSource
 from maml.errors import UserError
 
 VERSION = 1  # part of the key: raise it when the layout or any decoder changes
+PAIRS = 2  # doubled images named in a message
 CHECKED_BYTES = 1 << 26  # pixel files up to this size are read and checked at every start
 
 
@@ -159,7 +160,7 @@ def _report(name: str, index: dict, skip_bad_images: bool) -> None:
     if index["doubled"]:
         _say(
             f"warning: {name}: images that are in two splits, byte for byte: {len(index['doubled'])}: "
-            f"{_some([' = '.join(pair) for pair in index['doubled']])}"
+            f"{_some([' = '.join(pair) for pair in index['doubled']], PAIRS)}"
         )
 
 

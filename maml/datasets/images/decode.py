@@ -67,7 +67,7 @@ def decode_photograph(raw: bytes | np.ndarray, *, side: int) -> np.ndarray:
     return np.asarray(image.resize((side, side), Image.Resampling.LANCZOS, box))
 
 
-SHOWN = 5  # bad or doubled images named in a message
+SHOWN = 5  # bad images named in a message
 PROBLEM = 200  # characters of what is wrong with one: a decoder may quote the file
 
 
@@ -82,9 +82,9 @@ def report_bad_images(name: str, bad: list[str], skip_bad_images: bool) -> None:
         _say(f"{name}: left out {len(bad)} bad images: {_some(bad)}")
 
 
-def _some(items: list[str]) -> str:
-    more = f" and {len(items) - SHOWN} more" if len(items) > SHOWN else ""
-    return "; ".join(items[:SHOWN]) + more
+def _some(items: list[str], shown: int = SHOWN) -> str:
+    more = f" and {len(items) - shown} more" if len(items) > shown else ""
+    return "; ".join(items[:shown]) + more
 
 
 def _say(text: str) -> None:  # names of files are in it, and so whatever their giver put there

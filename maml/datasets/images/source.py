@@ -1,6 +1,9 @@
 """Sets of images in classes, described but not yet read."""
 
+import contextlib
 import functools
+import pathlib
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
@@ -57,3 +60,36 @@ class LazySplits(Mapping):
 
     def __len__(self) -> int:
         return len(self._splits)
+
+
+def misplaced(folders: Sequence[pathlib.Path], holds: Callable[[pathlib.Path], object]) -> str:
+    """A sentence on which `--data_dir` was meant, if it is one level too deep or too high; else "".
+
+    Args:
+        folders: where a data set was looked for, all in `--data_dir`.
+        holds: whether a folder is that of the data set.
+    """
+    data_dir, names = folders[0].parent, [folder.name for folder in folders]
+    with contextlib.suppress(OSError):
+        if holds(data_dir):
+            here = data_dir.resolve()
+            if here.name in names:
+                return f"It is in {data_dir} itself: give --data_dir={here.parent}."
+            return f"It is in {data_dir} itself: move it to {folders[0]}."
+        for child in sorted(data_dir.iterdir()):
+            for name in names:
+                if (child / name).is_dir() and holds(child / name):
+                    return f"It is in {child / name}: give --data_dir={child}."
+    return ""
+
+
+def one_at_a_time(read: Callable) -> Callable:
+    """`read` of hashable arguments, remembering its last result only: a file may hold gigabytes of images."""
+    last = functools.lru_cache(maxsize=1)(read)
+    lock = threading.Lock()
+
+    def locked(*arguments):
+        with lock:
+            return last(*arguments)
+
+    return locked

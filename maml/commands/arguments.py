@@ -1,0 +1,81 @@
+"""Mistakes that a command finds before TensorFlow is imported, which takes seconds; and what it is asked."""
+
+import pathlib
+import re
+
+from maml import tables
+from maml.commands.table import PREPARABLE
+from maml.errors import UserError
+from maml.runs import files
+from maml.runs.grid import Sweep, plan, read_grid
+from maml.settings import jobs
+from maml.settings.own import DEFAULT_LEARNER
+from maml.settings.settings import FLAGS, Settings, resolve
+
+
+def train(_: list[str]) -> tuple[Settings, dict[str, object]]:
+    """The settings, and those of them that the paper gives."""
+    return resolve()
+
+
+def prepare(operands: list[str]) -> Settings:
+    """The settings of the data set that is to be prepared."""
+    (name,) = operands
+    if not tables.is_name(tables.DATASETS, name) or not tables.dataset(name).channels:
+        raise UserError(f"expected one of {', '.join(PREPARABLE)}, got {name}. Others need no preparation.")
+    FLAGS.datasource = name
+    return resolve()[0]
+
+
+def show_episodes(_: list[str]) -> tuple[Settings, pathlib.Path, int]:
+    """The settings, the picture's file, and how many episodes of each split are to be drawn."""
+    path = pathlib.Path(FLAGS.out or "episodes.png")
+    if path.suffix.lower() != ".png" or not path.parent.is_dir():
+        raise UserError(f"expected the name of a PNG file in a folder that exists, got --out={path}.")
+    return resolve()[0], path, FLAGS.episodes
+
+
+def compare(_: list[str]) -> tuple[list[jobs.Job], str, pathlib.Path]:
+    """A run for each learner, the name of the comparison, and the folder to write to."""
+    learners = [name.strip() for name in FLAGS.learners.split(",")]
+    if len(learners) < 2 or len(set(learners)) < len(learners) or FLAGS.learner != DEFAULT_LEARNER:
+        raise UserError(
+            f"expected --learners of two names or more, got --learners={FLAGS.learners} and "
+            f"--learner={FLAGS.learner}. Names: maml list learners."
+        )
+    shared = jobs.given_flags(but=("learner",))
+    compared = [jobs.job([*shared, f"--learner={name}"]) for name in learners]
+    first = compared[0].settings
+    shot = f"{first.update_batch_size}shot"
+    task = f"{first.num_classes}way_{shot}" if first.classification else shot
+    name = FLAGS.name or f"{first.datasource.replace(':', '_').replace('/', '_')}_{task}"
+    return compared, name, pathlib.Path(FLAGS.out or "results/compare")
+
+
+def protocol(operands: list[str]) -> Settings:
+    """The settings to test a run folder with."""
+    for name in files.TRIED:
+        if FLAGS[name].present:
+            raise UserError(
+                f"expected no --{name}, got it: this command tries all of them or knows it. Leave it out."
+            )
+    return files.test_settings(pathlib.Path(operands[0]), jobs.given_flags())
+
+
+def sweep(_: list[str]) -> Sweep:
+    """The grid and its combinations, each of them checked; the files can be written."""
+    grid = read_grid(FLAGS.grid)
+    name = FLAGS.name or "_".join(grid)
+    if not re.fullmatch(r"\w[\w.-]*", name):
+        raise UserError(f"expected a file name of letters, digits, '_', '-' and '.', got --name={name}.")
+    prefix = pathlib.Path(FLAGS.out or f"results/sweeps/{name}")
+    combinations = plan(grid, jobs.given_flags(but=tuple(grid)))
+    events = pathlib.Path(FLAGS.logdir) / "sweeps" / name if FLAGS.log else None
+    found = Sweep(name, grid, combinations, prefix, events)
+    try:
+        prefix.parent.mkdir(parents=True, exist_ok=True)
+        found.file(".new").touch()
+        found.file(".new").unlink()
+    except OSError as error:
+        raise UserError(f"--out: cannot write to {prefix.parent} ({error.strerror}).") from error
+    return found

@@ -1,0 +1,160 @@
+"""Learners side by side: each trained as the flags say, then tested on the very same episodes."""
+
+import dataclasses
+import pathlib
+from typing import NamedTuple
+
+import numpy as np
+
+from maml.commands import launch
+from maml.errors import UserError
+from maml.reports.published import of_learner
+from maml.runs import build, results
+from maml.runs.data import load_data
+from maml.runs.files import csv_text, write_whole
+from maml.runs.folder import Run
+from maml.settings.jobs import Job
+from maml.training import devices
+from maml.training.evaluate import SHOWN, measure_tasks, series
+
+COLUMNS = ("learner", "after steps", "", "difference to the first", "iterations", "weights")
+COSTS = ("ms/iteration", "GB", "paper")
+
+
+class Row(NamedTuple):
+    """A learner's figures.
+
+    Fields:
+        job: its run.
+        iteration: of the checkpoint tested.
+        values: of the measure on each test task, [tasks], after the inner steps of the test.
+        steps: these.
+        weights: meta-learned numbers.
+        seconds, memory: per iteration, and the peak in bytes; None where it was trained without this record.
+    """
+
+    job: Job
+    iteration: int
+    values: np.ndarray
+    steps: int
+    weights: int
+    seconds: float | None
+    memory: int | None
+
+
+def compare(asked: tuple[list[Job], str, pathlib.Path]) -> None:
+    """Trains what is missing, tests all, and writes the table as Markdown and CSV.
+
+    Args:
+        asked: a run of each learner, the first the one to compare with; the name; the folder to write to.
+
+    Raises:
+        UserError: if a run cannot be trained, or two are not tested on the same episodes.
+    """
+    jobs, name, folder = asked
+    for job in jobs:
+        launch.result(job, f"{job.settings.learner}: {job.settings.datasource} {job.settings.task}")
+    device = devices.use(dataclasses.replace(jobs[0].settings, train=False)).description
+    rows = [_measured(job) for job in jobs]
+    if len({(len(row.values), build.test_spec(row.job.settings)) for row in rows}) > 1:
+        raise UserError("expected the same test episodes for all learners, got runs of other ways or shots.")
+    page = _page(name, rows, device)
+    print(f"\n{page}")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_whole(folder / f"{name}.md", page + "\n")
+    write_whole(folder / f"{name}.csv", csv_text([_csv_row(row, rows[0]) for row in rows]))
+    print(f"wrote {name}.md, {name}.csv in {folder}")
+
+
+def _measured(job: Job) -> Row:
+    """The checkpoint that the settings choose, on the first test tasks of the seed."""
+    settings = job.settings
+    data = load_data(settings)
+    spec = build.test_spec(settings)
+    shape = data.sample(spec, settings.split, np.zeros(1, np.int64)).support_x.shape[2:]
+    network = build.build_network(settings, shape)
+    phases = build.build_training(settings, network)
+    run = Run(settings, phases)
+    run.restore()
+    algorithm = phases[-1].outer.algorithm
+    result = measure_tasks(
+        algorithm,
+        data,
+        spec,
+        settings.split,
+        tasks=settings.num_test_tasks,
+        steps=settings.tested_steps,
+        transductive=settings.transductive,
+        progress=True,
+    )
+    cost = results.read_cost(run.dir)
+    return Row(
+        job,
+        int(run.iteration),
+        result.query[result.measure][:, settings.tested_steps],
+        settings.tested_steps,
+        sum(int(np.prod(variable.shape)) for variable in algorithm.variables),
+        cost.get("seconds_per_iteration"),
+        cost.get("peak_memory"),
+    )
+
+
+def paired(values: np.ndarray, others: np.ndarray) -> tuple[float, float]:
+    """The mean difference of two learners on the same tasks [tasks], and its 95 % half-width."""
+    mean, _, ci95 = series((values - others)[:, np.newaxis])
+    return float(mean[0]), float(ci95[0])
+
+
+def _page(name: str, rows: list[Row], device: str) -> str:
+    settings = rows[0].job.settings
+    scale, digits, measure = SHOWN["accuracy" if settings.classification else "loss"]
+    lines = [
+        f"# {name}: {settings.datasource} {settings.task}",
+        "",
+        f"{measure} ± 95 % CI on the same {len(rows[0].values)} {settings.split} tasks, "
+        f"{settings.test_num_query} queries per class, seed {settings.seed}; differences are paired by task. "
+        f"{results.hardware(device)}.",
+        "",
+        f"| {' | '.join(name or measure for name in (*COLUMNS, *COSTS))} |",
+        "|---" * len((*COLUMNS, *COSTS)) + "|",
+    ]
+    for row in rows:
+        mean, _, ci95 = (float(scale * part[0]) for part in series(row.values[:, np.newaxis]))
+        difference = ""
+        if row is not rows[0]:
+            by, half = (scale * number for number in paired(row.values, rows[0].values))
+            difference = f"{by:+.{digits}f} ± {half:.{digits}f}"
+        chosen = row.job.settings
+        cells = [
+            chosen.learner,
+            str(row.steps) if row.steps else "none",
+            f"{mean:.{digits}f} ± {ci95:.{digits}f}",
+            difference,
+            f"{row.iteration:,}",
+            f"{row.weights:,}",
+            "" if row.seconds is None else f"{1000 * row.seconds:.1f}",
+            "" if row.memory is None else f"{row.memory / 1e9:.2f}",
+            of_learner(chosen.learner, chosen.datasource, chosen.num_classes, chosen.update_batch_size),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    commands = "\n".join(row.job.command for row in rows)
+    return "\n".join([*lines, "", "```bash", commands, "```"])
+
+
+def _csv_row(row: Row, first: Row) -> dict[str, object]:
+    mean, std, ci95 = (float(part[0]) for part in series(row.values[:, np.newaxis]))
+    by, half = paired(row.values, first.values)
+    return {
+        **results.protocol(row.job.settings),
+        "learner": row.job.settings.learner,
+        "iterations": row.iteration,
+        "mean": mean,
+        "std": std,
+        "ci95": ci95,
+        "difference": by,
+        "difference_ci95": half,
+        "weights": row.weights,
+        "seconds_per_iteration": row.seconds,
+        "peak_memory": row.memory,
+        "command": row.job.command,
+    }

@@ -1,0 +1,101 @@
+"""Options of a `Learner`: the algorithm by name, its own keyword arguments, and the outer optimizer."""
+
+import difflib
+import inspect
+import math
+import numbers
+
+import keras
+
+from maml.errors import UserError
+from maml.learners.base import Algorithm
+from maml.tables import LEARNERS, load
+from maml.training.adam import Adam
+
+META_LR = 1e-3  # β, the paper's
+# Keyword arguments of `Algorithm` that the library gives itself.
+_COMMON = set(inspect.signature(Algorithm.__init__).parameters)
+
+
+def algorithm_class(algorithm: str | type[Algorithm]) -> type[Algorithm]:
+    """The class of a row of `LEARNERS`, of "module:Class", or as given.
+
+    Raises:
+        UserError: if there is none, or it is no subclass of `Algorithm`.
+    """
+    found = algorithm
+    if isinstance(algorithm, str):
+        if algorithm not in LEARNERS and ":" not in algorithm:
+            raise UserError(
+                f"algorithm: expected one of {', '.join(LEARNERS)}, got {algorithm!r}."
+                + _guess(algorithm, list(LEARNERS))
+                + " A class on the Python path is named module:Class."
+            )
+        found = load(LEARNERS[algorithm].home if algorithm in LEARNERS else algorithm)
+    if not isinstance(found, type) or not issubclass(found, Algorithm):
+        raise UserError(
+            f"algorithm: expected a name or a subclass of maml.learners.base.Algorithm, got {algorithm!r}."
+        )
+    return found
+
+
+def check_options(kind: type[Algorithm], options: dict[str, object]) -> None:
+    """Raises UserError for an option that the algorithm does not have, or one that it lacks."""
+    known = {}
+    for base in reversed(kind.__mro__):
+        if "__init__" in vars(base) and issubclass(base, Algorithm):
+            known |= inspect.signature(base.__init__).parameters
+    own = {
+        name: parameter
+        for name, parameter in known.items()
+        if name not in _COMMON and parameter.kind is inspect.Parameter.KEYWORD_ONLY
+    }
+    for name in options:
+        if name not in own:
+            raise UserError(
+                f"{name}: {kind.__name__} has no such option; it has {', '.join(own) or 'none'}."
+                + _guess(name, list(own))
+            )
+    for name, parameter in own.items():
+        if parameter.default is inspect.Parameter.empty and name not in options:
+            raise UserError(f"{name}: expected a value, got none. {kind.__name__} has no default for it.")
+
+
+def chosen_optimizer(
+    given: keras.optimizers.Optimizer | None, meta_lr: float | None
+) -> keras.optimizers.Optimizer:
+    """The given optimizer, or Adam of rate `meta_lr`; raises UserError where both are given."""
+    if given is None:
+        return Adam(META_LR if meta_lr is None else meta_lr)
+    if not isinstance(given, keras.optimizers.Optimizer):
+        raise UserError(f"meta_optimizer: expected an instance of a Keras optimizer, got {given!r}.")
+    if meta_lr is not None:
+        raise UserError(
+            f"expected meta_lr or meta_optimizer, got both. Set the learning rate of {given.name}."
+        )
+    if given.built:
+        raise UserError(
+            f"meta_optimizer: expected a new optimizer, got {given.name}, which belongs to other weights "
+            f"already. Make another instance."
+        )
+    return given
+
+
+def check_above_zero(**values: float | None) -> None:
+    """Raises UserError for one that is not a finite number above 0; None is passed over."""
+    for name, value in values.items():
+        number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+        if value is not None and not (number and 0 < value < math.inf):
+            raise UserError(f"expected {name} to be a finite number above 0, got {value!r}.")
+
+
+def check_whole(least: int, **values: int) -> None:
+    """Raises UserError for one that is not a whole number of `least` or more."""
+    for name, value in values.items():
+        if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < least:
+            raise UserError(f"expected {name} to be a whole number of {least} or more, got {value!r}.")
+
+
+def _guess(name: str, names: list[str]) -> str:
+    near = difflib.get_close_matches(name, names, 1)
+    return f" Did you mean {near[0]}?" if near else ""

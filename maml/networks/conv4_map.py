@@ -1,0 +1,87 @@
+"""The relation network's two modules (Sung et al., CVPR 2018): to a map, and from two maps to a score."""
+
+import math
+
+import keras
+
+from maml.networks.layers import MaxPool, MovingBatchNorm, _exact
+
+
+def conv4_map(
+    input_shape: tuple[int, int, int],
+    outputs: None = None,
+    *,
+    filters: int = 64,
+    dtype: str = "float32",
+) -> keras.Sequential:
+    """Four convolutions with batch norm and ReLU to a map: 28×28 to 5×5, 84×84 to 19×19.
+
+    The first two are without padding and followed by 2×2 max-pooling, the other two padded. Weights are those
+    of the authors' code: kernels N(0, 2/(9·filters)), biases 0.
+
+    Args:
+        input_shape: (H, W, C) of an image.
+        outputs: None; there is no head.
+        filters: channels of every convolution.
+        dtype: of weights and computation.
+    """
+    if outputs is not None:
+        raise ValueError(f"outputs: expected None, a map has no head, got {outputs}.")
+    layers: list[keras.layers.Layer] = [keras.layers.Input(input_shape, dtype=_exact(dtype))]
+    for i in range(4):
+        layers += _block(filters, "valid" if i < 2 else "same", i < 2, dtype, "", i + 1)
+    return keras.Sequential(layers)
+
+
+def relation_module(
+    input_shape: tuple[int, ...],
+    *,
+    filters: int = 64,
+    units: int = 8,
+    padding: str = "same",
+    dtype: str = "float32",
+) -> keras.Sequential:
+    """g_φ: from the features of a class and a query, one after the other, to a logit [n, 1].
+
+    Of maps: two convolutions with batch norm, ReLU and 2×2 max-pooling, and two dense layers; of vectors: the
+    dense layers alone. Dense kernels are N(0, 0.01²), their biases 1, as in the authors' code.
+
+    Args:
+        input_shape: (H, W, 2C), or (2C,).
+        filters: channels of the convolutions.
+        units: of the hidden dense layer.
+        padding: of the convolutions; the authors': "same" for Omniglot's 5×5, "valid" for 19×19.
+        dtype: of weights and computation.
+    """
+    layers: list[keras.layers.Layer] = [keras.layers.Input(input_shape, dtype=_exact(dtype))]
+    if len(input_shape) == 3:
+        for i in range(2):
+            layers += _block(filters, padding, True, dtype, "rel_", i + 1)
+        layers.append(keras.layers.Flatten(dtype=dtype))
+    dense = dict(
+        kernel_initializer=keras.initializers.RandomNormal(stddev=0.01),
+        bias_initializer="ones",
+        dtype=_exact(dtype),
+    )
+    layers.append(keras.layers.Dense(units, activation="relu", name="fc1", **dense))
+    layers.append(keras.layers.Dense(1, name="fc2", **dense))
+    return keras.Sequential(layers)
+
+
+def _block(
+    filters: int, padding: str, pooled: bool, dtype: str, prefix: str, number: int
+) -> list[keras.layers.Layer]:
+    layers: list[keras.layers.Layer] = [
+        keras.layers.Conv2D(
+            filters,
+            3,
+            padding=padding,
+            kernel_initializer=keras.initializers.RandomNormal(stddev=math.sqrt(2 / (9 * filters))),
+            dtype=dtype,
+            name=f"{prefix}conv{number}",
+        ),
+        # Momentum 0: the authors' momentum, PyTorch's 1, keeps the last batch's statistics.
+        MovingBatchNorm(0.0, dtype=_exact(dtype), name=f"{prefix}norm{number - 1}"),
+    ]
+    pool = [MaxPool(dtype=dtype)] if pooled else []
+    return [*layers, *pool, keras.layers.ReLU(dtype=dtype)]

@@ -1,0 +1,97 @@
+"""Combinations of flags that make no sense; each error names them."""
+
+from collections.abc import Mapping
+
+from maml.errors import UserError
+from maml.tables import Dataset, network
+
+# Flags that not every network reads, as the flagfile of a run has them where its network reads none.
+UNREAD = {"max_pool": False, "num_filters": 64}
+
+
+def check_flags(values: Mapping[str, object], present: set[str], data: Dataset) -> None:
+    """Raises UserError if the flags contradict each other.
+
+    Args:
+        values: {name: value} as parsed.
+        present: names of those that were given.
+        data: the data set's row.
+    """
+    _check_data(values, present, data)
+    _check_network(values, present, data)
+    if values["train"]:
+        _check_training(values)
+    _check_checkpoint(values)
+
+
+def _check_data(values: Mapping[str, object], present: set[str], data: Dataset) -> None:
+    source = f"--datasource={values['datasource']}"
+    if values["baseline"] == "oracle" and data.oracle_inputs is None:
+        raise UserError(
+            f"--baseline=oracle: expected a data set that tells the task, as only the sinusoid does, got "
+            f"{source}. Use --datasource=sinusoid, or leave out --baseline."
+        )
+    if values["img_size"] and data.inputs is not None:
+        raise UserError(f"--img_size: expected a data set of images, got {source}. Leave out --img_size.")
+    if data.is_data_dir and "data_dir" not in present:
+        raise UserError(
+            f"{source}: expected --data_dir=DIR, the folder of {{train,val,test}}/<class>/* or <class>/*, "
+            f"got none. Add it."
+        )
+
+
+def _check_network(values: Mapping[str, object], present: set[str], data: Dataset) -> None:
+    name, conv = values["network"], values["conv"]
+    if not conv and values["max_pool"] and "max_pool" in present:
+        raise UserError(
+            "--max_pool: expected a convolutional network, got --noconv. Leave out one of the two."
+        )
+    if name is None:
+        return
+    row = network(name)
+    if row.images and data.inputs is not None:
+        raise UserError(
+            f"--network={name}: expected a data set of images, got --datasource={values['datasource']}. Use "
+            f"--network=mlp."
+        )
+    if data.classification and "conv" in present and conv == (name == "mlp"):
+        raise UserError(
+            f"--network={name}: expected no other network, got --{'' if conv else 'no'}conv. Leave out one "
+            f"of the two."
+        )
+    if name == "mlp" or row.flags is None:  # mlp takes them without a word, as in the original
+        return
+    for flag, unset in UNREAD.items():
+        if flag not in row.flags and flag in present and values[flag] != unset:
+            raise UserError(
+                f"--{flag}: expected a network that reads it, got --network={name}. Leave it out."
+            )
+
+
+def _check_training(values: Mapping[str, object]) -> None:
+    for name in ("train_update_batch_size", "train_update_lr", "test_iter"):
+        if values[name] != -1:
+            raise UserError(
+                f"--{name} selects the run or checkpoint to test: expected --train=False, got training on. "
+                f"Add --train=False, or leave out --{name}."
+            )
+    if values["pretrain_iterations"] + values["metatrain_iterations"] == 0 and not values["init_from"]:
+        raise UserError(
+            "nothing to train: expected iterations, got --pretrain_iterations=0 and "
+            "--metatrain_iterations=0. Set one of them, or test with --train=False, or other weights by "
+            "--init_from (--init_from=random: untrained ones)."
+        )
+
+
+def _check_checkpoint(values: Mapping[str, object]) -> None:
+    if values["checkpoint"] == "best" and values["test_iter"] != -1:
+        raise UserError(
+            f"expected one choice of the checkpoint, got --checkpoint=best and --test_iter="
+            f"{values['test_iter']}. Leave out one of the two."
+        )
+    shot, lr = values["train_update_batch_size"], values["train_update_lr"]
+    if shot == 0 or (lr < 0 and lr != -1):
+        raise UserError(
+            f"--train_update_batch_size and --train_update_lr: expected values above 0, or -1 for the one in "
+            f"force, got {shot} and {lr}. Set them so, or leave them out."
+        )
