@@ -398,7 +398,9 @@ def _own(values: flags.FlagValues, learner: str, datasource: str) -> tuple[dict,
 
 def as_flagfile(settings: Settings) -> str:
     """The settings as the text of an absl flagfile that repeats the run."""
-    left_out = ("train_update_batch_size", "train_update_lr", "test_iter", "checkpoint")
+    left_out = {"train_update_batch_size", "train_update_lr", "test_iter", "checkpoint"}
+    if settings.img_size == settings.dataset.side:  # which may be less than the flag takes
+        left_out.add("img_size")
     return "".join(
         f"--{name}={str(value).lower() if isinstance(value, bool) else value}\n"
         for name, value in settings.by_flag.items()
