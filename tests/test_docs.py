@@ -26,14 +26,17 @@ SOURCES = ("maml", "tests", "examples", "benchmarks", "data/mini_imagenet")
 FOLDERS = (*SOURCES, "docs", "flags", "results")
 EXAMPLE = "examples/batch_norm_second_derivative.py"
 
-OTHER_PROGRAMS = ("pip ", "tensorboard ", "tfds ", "python -m venv ", "/tmp/")
+OTHER_PROGRAMS = ("pip ", "uv ", "tensorboard ", "tfds ", "python -m venv ", "/tmp/")
 OTHER_MODULES = {"pytest"}
-OTHER_FLAGS = {"flagfile", "helpshort", "helpfull", "verbosity"}  # absl's
-LIBRARIES = {"tf", "tfds", "keras", "np", "os", "yaml"}
-# The original's names, TensorFlow's, and a host's.
+OTHER_FLAGS = {"flagfile", "help", "helpshort", "helpfull", "verbosity"}  # absl's
+LIBRARIES = {"tf", "tfds", "keras", "np", "os", "yaml", "l2l", "learn2learn", "nn", "torch"}
+# The original's names, TensorFlow's, a host's, and learn2learn's.
 OTHER_NAMES = {
     "cbfinn", "forward_conv", "task_metalearn", "construct_conv_weights", "DataGenerator", "inputa", "labela",
     "inputb", "labelb", "MaxPoolGradGrad", "api.osv.dev",
+    "MetaSGD", "LightningANIL", "LightningPrototypicalNetworks", "GBML", "ParameterUpdate", "Taskset",
+    "NWays", "KShots", "RemapLabels", "ConsecutiveLabels", "MetaDataset", "get_tasksets", "train_samples",
+    "BatchNorm2d",
 }  # fmt: skip
 FENCE = re.compile(r"^```(\w*) ?(\S*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\[[^]]*\]\(([^)\s]+)\)")
@@ -115,7 +118,7 @@ def all_flags() -> set[str]:
     defined = {
         str(call.args[0].value).lstrip("-")
         for call in calls
-        if re.match("DEFINE_|add_argument", getattr(call.func, "attr", ""))
+        if re.match("DEFINE_|add_argument|Flag$", getattr(call.func, "attr", getattr(call.func, "id", "")))
         and call.args
         and isinstance(call.args[0], ast.Constant)
     }
@@ -160,7 +163,7 @@ def wrong_in(text: str) -> list[str]:
 def is_path(text: str) -> bool:
     """Whether it is meant as a path of ours."""
     inside = re.fullmatch(rf"({'|'.join(FOLDERS)})/[\w.{{}},*/-]*", text)
-    return bool(inside or re.fullmatch(r"\w[\w*-]*\.(py|md|cff|toml|flags)", text))
+    return bool(inside or re.fullmatch(r"\w[\w*-]*\.(py|md|cff|toml|yml|flags)", text))
 
 
 def is_module(dotted: str) -> bool:
@@ -332,8 +335,8 @@ def test_the_sdist_has_what_it_takes_to_build_and_to_test(distribution, tmp_path
     command.ensure_finalized()
     command.run()
     packed = set(command.filelist.files)
-    top = "README.md LICENSE CHANGELOG.md CITATION.cff main.py setup.py pytest.ini ruff.toml data/README.md"
-    needed = {*top.split(), *trees(), *map(from_root, PAGES)}
+    top = "README.md LICENSE CHANGELOG.md CITATION.cff main.py setup.py pytest.ini ruff.toml constraints.txt"
+    needed = {*top.split(), "data/README.md", *trees(), *map(from_root, PAGES)}
     for folder in ("flags", "tests/fixtures", "data/mini_imagenet/splits", "results"):
         needed |= {from_root(path) for path in (ROOT / folder).rglob("*") if path.is_file()}
     assert {path for path in needed if "__pycache__" not in path} - packed == set()
