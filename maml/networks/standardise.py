@@ -1,4 +1,4 @@
-"""TODO networks.standardise."""
+"""Standardizing a matrix over an axis, with exact first and second derivatives: what the norms are made of."""
 
 import functools
 import math
