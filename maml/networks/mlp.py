@@ -1,4 +1,4 @@
-"""Fully connected networks: the paper's of the sinusoid (section 5.1) and of Omniglot without convolutions."""
+"""Fully connected networks: the paper's of the sinusoid, and of Omniglot without convolutions."""
 
 from collections.abc import Sequence
 

@@ -1,4 +1,4 @@
-"""Standardizing a matrix over an axis, with exact first and second derivatives: what the norms are made of."""
+"""Standardizing a matrix over an axis, with exact first and second derivatives, for the norms."""
 
 import functools
 import math
