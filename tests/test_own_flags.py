@@ -170,8 +170,9 @@ def trained(logdir, iterations: int, *flags: str) -> tuple[Run, object]:
 
 
 @pytest.mark.parametrize(
-    "flags", [("--meta_optimizer=sgd", "--meta_schedule=cosine"), (f"--learner={TOY}", "--meta_schedule=linear")]
-)  # fmt: skip
+    "flags",
+    [("--meta_optimizer=sgd", "--meta_schedule=cosine"), (f"--learner={TOY}", "--meta_schedule=linear")],
+)
 def test_interrupted_and_resumed_a_run_is_the_same_to_the_bit(flags, tmp_path):
     straight, phase = trained(tmp_path / "straight", 200, *flags)
     halves, _ = trained(tmp_path / "halves", 200, *flags)

@@ -80,6 +80,12 @@ or that of a checkpoint, such as the one the paper's authors published (`--init_
                 "classes, if these are known: then the accuracy is shown",
             ),
             Flag("run", None, "run folder of the trained network, instead of --init_from"),
+            Flag(
+                "prototypes",
+                False,
+                "classify by the nearest class mean of the network's features, without steps: any number of "
+                "classes [a metric learner's run does so anyway]",
+            ),
             Flag("out", None, "folder for predictions.csv, predictions.png and steps.png [adapted-QUERY]"),
         ),
         shows=(

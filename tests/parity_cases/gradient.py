@@ -97,35 +97,43 @@ def blocks(run: Run) -> Episode:
 
 
 def compare_inner(
-    algorithm: Maml, names: list[str], run: Run, errors: Errors, rename: str = "adapted"
+    algorithm: Maml, names: list[str], run: Run, errors: Errors, prefix: str = "train0", quantity: str = ""
 ) -> None:
-    """Losses, logits and weights in the inner loop of every task of the first meta-batch."""
+    """Losses, logits and weights in the inner loop of every task of the first meta-batch.
+
+    On the query set of those after the last step, whichever there are.
+    """
     count = len(algorithm.network.trainable_variables)
 
     @tf.function(autograph=False)
     def trace(episode: Episode):
         state, losses, logits, weights = algorithm.begin_task(algorithm.weights(), episode), [], [], []
         for _ in range(algorithm.inner_steps):
-            logits.append(algorithm.outputs(state, episode.support_x))
+            before = state
             state, measures = algorithm.step(state, episode.support_x, episode.support_y)
+            # Learners whose norms differ from step to step take this step's in the state that it leaves.
+            now = algorithm.with_fast_weights(state, algorithm.fast_weights(before))
+            logits.append(algorithm.outputs(now, episode.support_x))
             losses.append(measures["loss"])
             weights.append(algorithm.fast_weights(state))
         outputs = algorithm.outputs(state, episode.query_x)
         return losses, logits, weights, outputs, algorithm.measure(outputs, episode.query_y)["loss"]
 
-    batch = episodes(run, "b0")
-    wanted = run.under(f"train0/{rename}")
+    batch, wanted = episodes(run, "b0"), run.wanted
+    support = {name: wanted[f"{prefix}/support_{name}"] for name in ("loss", "logits")}
+    query = {name: wanted[f"{prefix}/query_{name}"] for name in ("loss", "logits")}
     for task in range(batch.support_x.shape[0]):
         losses, logits, weights, outputs, loss = trace(Episode(*(field[task] for field in batch)))
-        errors.add("losses", losses, run.wanted["train0/support_loss"][task])
-        errors.add("losses", loss, run.wanted["train0/query_loss"][task].reshape(()))
-        shape = run.wanted["train0/support_logits"][task].shape
-        errors.add("logits", np.reshape(logits, shape), run.wanted["train0/support_logits"][task])
-        shape = run.wanted["train0/query_logits"][task].shape
-        errors.add("logits", np.reshape(outputs, shape), run.wanted["train0/query_logits"][task])
-        for name, array in wanted.items():
+        errors.add(f"{quantity}losses", losses, support["loss"][task])
+        errors.add(f"{quantity}losses", loss, query["loss"][task].reshape(-1)[-1])
+        errors.add(f"{quantity}logits", logits, support["logits"][task].reshape(np.shape(logits)))
+        last = query["logits"][task].reshape(-1, *outputs.shape)[-1]
+        errors.add(f"{quantity}logits", outputs, last)
+        for name, array in run.under(f"{prefix}/adapted").items():
             found = [step[names[:count].index(name)] for step in weights]
-            errors.add("adapted weights", found, array[task])
+            errors.add(f"{quantity}adapted weights", found, array[task])
+        for name, array in run.under(f"{prefix}/final").items():
+            errors.add(f"{quantity}adapted weights", weights[-1][names[:count].index(name)], array[task])
 
 
 def compare_outer(outer: OuterLoop, names: list[str], run: Run, errors: Errors, block: Episode) -> None:
