@@ -383,7 +383,6 @@ OPTIMIZERS: Mapping[str, str] = {
     "adagrad": "keras.optimizers:Adagrad",
     "adamax": "keras.optimizers:Adamax",
     "adamw": "keras.optimizers:AdamW",
-    "ftrl": "keras.optimizers:Ftrl",
     "lamb": "keras.optimizers:Lamb",
     "lion": "keras.optimizers:Lion",
     "nadam": "keras.optimizers:Nadam",
