@@ -144,8 +144,7 @@ def trained(
 def raw_gradient(algorithm: Algorithm, episode: Episode) -> list[tf.Tensor]:
     """The gradient as the outer loop finds it, unclipped."""
     outer = OuterLoop(algorithm, keras.optimizers.SGD(), TaskMap(vectorize=False, jit_compile=False))
-    gradient = tf.function(outer.gradient, autograph=False)
-    return gradient(batched(episode)).gradient
+    return outer.gradient(batched(episode)).gradient
 
 
 def batched(episode: Episode) -> Episode:
@@ -257,7 +256,7 @@ def _matching_outputs(case: Case, algorithm: Matching, episode: Episode, group: 
     found = {
         "embedding": np.concatenate([support, query]),
         "distances": algorithm.distance(f, g),
-        "probabilities": tf.exp(log_p),
+        "probabilities": algorithm.probabilities(state, query),
         "log_probabilities": log_p,
         "loss": measures["query_loss"],
         "accuracy": measures["query_accuracy"],
