@@ -9,6 +9,8 @@ Tolerances. Float64: 1e-6, relative, per loss and per variable. Float32, against
 three times how far the original's own float32 was from it, or 1e-4 where the case does not say.
 Many-step cases amplify rounding, so this is done without oneDNN, whose convolutions round more
 (set TF_ENABLE_ONEDNN_OPTS=1 to see them). Logits and accuracies are recorded in float32 only.
+
+DIR may hold `learners/` too, runs of other learners' programs: see `tests.parity_learners`.
 """
 
 import argparse
@@ -34,6 +36,7 @@ from maml.runs.build import build_network
 from maml.runs.original import original_names
 from maml.settings.flags import of_settings
 from maml.settings.settings import FLAGS, Settings
+from tests import parity_learners
 from tests.learning import Meta
 
 FLOAT64_TOLERANCE = 1e-6
@@ -233,10 +236,14 @@ def check_case(folder: pathlib.Path, name: str) -> tuple[bool, str]:
 def main(arguments: list[str] | None = None) -> int:
     """Checks the cases in a folder; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m tests.parity", description="Compare with the original.")
-    parser.add_argument("folder", type=pathlib.Path, metavar="DIR", help="holds float32/ and float64/")
+    parser.add_argument(
+        "folder", type=pathlib.Path, metavar="DIR", help="holds float32/ and float64/ or learners/"
+    )
     parser.add_argument("--case", nargs="+", metavar="NAME", help="only these (default: all)")
     options = parser.parse_args(arguments)
-    there = sorted(path.stem for path in (options.folder / "float32").glob("*.json"))
+    learners = options.folder / "learners"
+    own = parity_learners.known(learners)
+    there = sorted(path.stem for path in (options.folder / "float32").glob("*.json")) + own
     cases = options.case or there
     unknown = sorted(set(cases) - set(there))
     if unknown or not cases:
@@ -245,7 +252,10 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     failed = 0
     for name in cases:
-        passed, line = check_case(options.folder, name)
+        known = name in own
+        passed, line = (
+            parity_learners.check_case(learners, name) if known else check_case(options.folder, name)
+        )
         failed += not passed
         print(line, flush=True)
     print(f"{len(cases) - failed} of {len(cases)} cases agree with the original")

@@ -14,8 +14,10 @@ import tensorflow as tf
 from PIL import Image
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
-from maml.commands import sweep
 from maml.errors import UserError
+from maml.reports import sweep_page
+from maml.runs import grid as grids
+from maml.settings import jobs
 from tests import forked
 from tests.test_cli import ROOT, python
 
@@ -84,7 +86,7 @@ def test_the_csv_has_every_step_of_every_run(swept):
         for part in ("query", "support"):
             for name in ("mean", "std", "ci95"):
                 assert float(row[f"{part}_{name}"]) == found[part]["loss"][name][int(row["step"])]
-        assert row["command"].startswith("python main.py ") and row["run"] == RUN.format(row["shot"])
+        assert row["command"].startswith("maml ") and row["run"] == RUN.format(row["shot"])
     # The query sets are as the grid says, not as the default (K) would have it.
     assert {row["query_per_class"] for row in rows} == {"7"}
 
@@ -101,13 +103,13 @@ def test_the_figure_has_three_panels(swept):
 def test_what_is_drawn(swept):
     """The lines of the figure: over K, over steps, over iterations, each in the right order and scale."""
     folder, _, _ = swept
-    grid = sweep.read_grid(GRID.removeprefix("--grid="))
-    combinations = sweep.plan(grid, [*TINY, f"--logdir={folder / 'logs'}"])
+    grid = grids.read_grid(GRID.removeprefix("--grid="))
+    combinations = grids.plan(grid, [*TINY, f"--logdir={folder / 'logs'}"])
     outcomes = [
-        sweep.Outcome(c, results_of(folder, int(c.values["update_batch_size"]))) for c in combinations
+        sweep_page.Outcome(c, results_of(folder, int(c.values["update_batch_size"]))) for c in combinations
     ]
-    over_grid, over_steps, validation = sweep._panels(
-        sweep.Sweep("shots", grid, combinations, folder / "x", None), outcomes
+    over_grid, over_steps, validation = sweep_page.panels(
+        grids.Sweep("shots", grid, combinations, folder / "x", None), outcomes
     )
     ten, five = (outcome.query for outcome in outcomes)
     (line,) = over_grid.lines
@@ -203,7 +205,7 @@ def test_interrupted_it_has_written_what_was_done(swept):
                 break
         said, errors = process.communicate(timeout=60)
     assert process.returncode == 130, said + errors
-    assert "interrupted; the same command goes on" in errors and "Traceback" not in errors
+    assert "interrupted; the same command resumes" in errors and "Traceback" not in errors
     assert "update_batch_size=9" not in said
     page = out.with_suffix(".md").read_text()
     assert [row[0] for row in cells(page)[2:]] == ["5"]
@@ -213,27 +215,27 @@ def test_interrupted_it_has_written_what_was_done(swept):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ((), "found no --grid, needed flags with their values"),
-        (("--grid=",), "found no --grid"),
-        (("--grid=num_class=2,3",), "found num_class=2,3, needed a flag of main.py"),
-        (("--grid=5,6",), "found 5,6, needed a flag"),
-        (("--grid=num_updates",), "found num_updates, needed at least one value"),
-        (("--grid=num_updates=1,,2",), "found num_updates=1,,2, needed at least one value and no empty one"),
+        ((), "expected --grid, flags with their values, .* got none"),
+        (("--grid=",), "expected --grid, .* got none"),
+        (("--grid=num_class=2,3",), "expected a flag that makes a difference .* got num_class=2,3"),
+        (("--grid=5,6",), "expected a flag .* got 5,6"),
+        (("--grid=num_updates",), "at least one value .* got num_updates"),
+        (("--grid=num_updates=1,,2",), "no empty one, .* got num_updates=1,,2"),
         (("--grid=num_updates=1,0",), "--grid, num_updates=0: .*num_updates"),
         (("--grid=norm=None,batchnorm",), "--grid, norm=batchnorm: .*batch_norm"),
-        (("--grid=seed=1 num_updates=1 seed=2",), "found seed twice"),
+        (("--grid=seed=1 num_updates=1 seed=2",), "expected seed once, got it twice"),
         (("--grid=seed=1,2,1",), "seed=1 and seed=1 are the same run .*the value that stands there twice"),
-        (("--grid=logdir=/a,/b",), "found logdir=/a,/b, needed .* that makes a difference"),
-        (("--grid=train=true,false",), "found train=true,false, needed .* that makes a difference"),
+        (("--grid=logdir=/a,/b",), "that makes a difference .* got logdir=/a,/b"),
+        (("--grid=train=true,false",), "that makes a difference .* got train=true,false"),
         (("--grid=seed=0,1 data_dir=/a,/b",), "are the same run and the same test. Take data_dir out"),
         (
             ("--grid=metatrain_iterations=1,2", "--train=False"),
             "the same test. Take metatrain_iterations out",
         ),
         (("--grid=test_iter=1,2",), "--test_iter selects"),
-        (("--grid=seed=0,1", "--name=../x"), "found --name=../x, needed a file name"),
+        (("--grid=seed=0,1", "--name=../x"), "expected a file name .* got --name=../x"),
         (("--grid=seed=0,1", "--out=/proc/sweeps/x"), "--out: cannot write to /proc/sweeps"),
-        (("--grid=seed=0,1", "stray"), "found stray"),
+        (("--grid=seed=0,1", "stray"), "got stray"),
     ],
 )
 def test_bad_grids_are_refused_before_any_training(flags, message, tmp_path):
@@ -262,8 +264,8 @@ def test_the_sweeps_that_come_along_can_be_planned(path):
     assert comment.startswith("# ")
     named = dict(line.removeprefix("--").split("=", 1) for line in own)
     assert named["name"] == path.stem
-    grid = sweep.read_grid(named["grid"])
-    combinations = sweep.plan(grid, base)
+    grid = grids.read_grid(named["grid"])
+    combinations = grids.plan(grid, base)
     assert len(combinations) > 1
     for combination in combinations:
         settings = combination.job.settings
@@ -284,7 +286,7 @@ def test_one_network_fits_both_domains_and_the_commands_in_the_comment_can_be_pl
         "photographs_from_scratch", "omniglot_from_photographs", "photographs_from_omniglot",
     ]  # fmt: skip
     for _, images, grid in commands:
-        planned = sweep.plan(sweep.read_grid(grid), [*base, f"--data_dir=/data/{images}"])
+        planned = grids.plan(grids.read_grid(grid), [*base, f"--data_dir=/data/{images}"])
         runs = {c.job.settings.run_dir for c in planned}
         assert len(runs) == grid.count(",RUN") + 1
         assert {(c.job.settings.img_size, c.job.settings.max_pool) for c in planned} == {(28, False)}
@@ -299,29 +301,29 @@ def test_there_are_sweeps():
 
 def test_validation_against_test_measures_the_run_of_the_omniglot_flagfile():
     _, own, base = shipped(ROOT / "flags" / "sweeps" / "validation_against_test.flags")
-    grid = sweep.read_grid(next(line for line in own if line.startswith("--grid=")).removeprefix("--grid="))
-    run = sweep.launch.job([f"--flagfile={ROOT / 'flags' / 'omniglot_5way_1shot.flags'}"]).settings
-    combinations = sweep.plan(grid, base)
+    grid = grids.read_grid(next(line for line in own if line.startswith("--grid=")).removeprefix("--grid="))
+    run = jobs.job([f"--flagfile={ROOT / 'flags' / 'omniglot_5way_1shot.flags'}"]).settings
+    combinations = grids.plan(grid, base)
     assert len(combinations) == 2 * len(grid["test_iter"])
     assert {c.job.settings.run_dir for c in combinations} == {run.run_dir}
     assert not any(c.job.settings.train for c in combinations)
 
 
 def test_values_that_are_no_numbers_stand_side_by_side():
-    combinations = sweep.plan(sweep.read_grid("norm=layer_norm,None seed=0,1"), [])
-    positions, label, logarithmic = sweep._axis("norm", combinations)
+    combinations = grids.plan(grids.read_grid("norm=layer_norm,None seed=0,1"), [])
+    positions, label, logarithmic = sweep_page._axis("norm", combinations)
     assert positions == {"layer_norm": 0, "None": 1} and not logarithmic
     assert label == "norm (0: layer_norm, 1: None)"
-    combinations = sweep.plan(sweep.read_grid("update_lr=0.1,0.001"), [])
-    assert sweep._axis("update_lr", combinations) == ({"0.1": 0.1, "0.001": 0.001}, "update_lr", True)
+    combinations = grids.plan(grids.read_grid("update_lr=0.1,0.001"), [])
+    assert sweep_page._axis("update_lr", combinations) == ({"0.1": 0.1, "0.001": 0.001}, "update_lr", True)
 
 
 def test_the_last_flag_changes_first_and_all_are_checked():
-    combinations = sweep.plan(sweep.read_grid("num_updates=1,2 stop_grad=false,true"), ["--seed=3"])
+    combinations = grids.plan(grids.read_grid("num_updates=1,2 stop_grad=false,true"), ["--seed=3"])
     seen = [(c.job.settings.num_updates, c.job.settings.stop_grad, c.job.settings.seed) for c in combinations]
     assert seen == [(1, False, 3), (1, True, 3), (2, False, 3), (2, True, 3)]
     with pytest.raises(
-        UserError, match="num_updates=2, norm=layer_norm: --notransductive concerns batch norm"
+        UserError, match="num_updates=2, norm=layer_norm: --notransductive: expected batch norm"
     ):
-        grid = sweep.read_grid("num_updates=2 norm=batch_norm,layer_norm")
-        sweep.plan(grid, ["--notransductive", "--datasource=omniglot"])
+        grid = grids.read_grid("num_updates=2 norm=batch_norm,layer_norm")
+        grids.plan(grid, ["--notransductive", "--datasource=omniglot"])

@@ -4,7 +4,8 @@ Only the training that loses its reader starts TensorFlow.
 """
 
 import collections
-import importlib.util
+import dataclasses
+import importlib
 import re
 import shutil
 import subprocess
@@ -12,29 +13,33 @@ import sys
 
 import pytest
 
-from maml.commands.train import COMMANDS
+from maml import tables
+from maml.commands.table import COMMANDS
 from maml.errors import UserError
+from maml.reports.published import CELLS
 from maml.runs.files import saved_iterations
 from maml.settings import flags, help, jobs, parsing
 from maml.settings.flags import of_settings
-from maml.settings.settings import FLAGS, parse
+from maml.settings.settings import FLAGS, Settings, parse
+from tests import forked
 from tests.test_cli import ROOT, SINUSOID, python
 
-OURS = {flag.name for flag in of_settings(FLAGS)}
 FLAG = re.compile(r"^  --(?:\[no\])?(\w+)", re.MULTILINE)
+OURS = {topic: FLAGS.flags_by_module_dict()[topic] for topic in flags.TOPICS}
 
 
 def help_at(columns: int, monkeypatch, **more) -> str:
     monkeypatch.setenv("COLUMNS", str(columns))
-    return help.page("usage", FLAGS, **more)
+    return help.page("usage", OURS, **more)
 
 
 # --- Help ---------------------------------------------------------------------------------------------
 
 
 def test_every_flag_stands_under_exactly_one_heading(monkeypatch):
-    under = collections.Counter(name for topic in flags.TOPICS for name in flags.names(topic))
-    assert under == dict.fromkeys(OURS, 1)
+    under = collections.Counter(flag.name for topic in OURS.values() for flag in topic)
+    names = {field.name for field in dataclasses.fields(Settings)} - {"own"}
+    assert under == dict.fromkeys(names, 1) and {flag.name for flag in of_settings(FLAGS)} == names
     text = help_at(100, monkeypatch)
     assert collections.Counter(FLAG.findall(text)) == under
     headings = [line for line in text.splitlines() if line and not line.startswith(" ")]
@@ -43,7 +48,8 @@ def test_every_flag_stands_under_exactly_one_heading(monkeypatch):
 
 @pytest.mark.parametrize("columns", [60, 80, 100])
 def test_the_help_fits_the_terminal(columns, monkeypatch):
-    assert max(map(len, help_at(columns, monkeypatch, commands=COMMANDS).splitlines())) <= columns
+    abouts = {name: row.about for name, row in COMMANDS.items()}
+    assert max(map(len, help_at(columns, monkeypatch, commands=abouts).splitlines())) <= columns
 
 
 def test_a_flag_takes_two_lines_at_most_and_says_its_type_and_default(monkeypatch):
@@ -57,42 +63,95 @@ def test_a_flag_takes_two_lines_at_most_and_says_its_type_and_default(monkeypatc
         "--logdir=PATH folder that holds the run folders [/tmp/data]",
         "--checkpoint=newest|best which checkpoint to test; best: at meta-validation [newest]",
         "--num_query=INT Q, query examples per class in training [K]",
+        "--network=NAME the network [sinusoid mlp, images conv4]",
+        "--meta_optimizer=NAME optimizer of step size β [adam, or the learner's]",
     ):
         assert line in lines
 
 
 def test_help_is_shown_at_once_and_is_no_failure():
-    short, same = (python("main.py", flag).stdout for flag in ("--helpshort", "--help"))
-    assert short == same and short.startswith("usage: python main.py")
-    assert all(re.search(rf"^  {name} +\w", short, re.MULTILINE) for name in COMMANDS)
+    ways = [("--help",), ("--helpshort",), ("-h",), ("help",), ("train", "--help"), ("help", "train")]
+    (text,) = {python("-m", "maml", *way).stdout for way in ways}
+    assert text.startswith("usage: maml") and text == python("main.py", "--help").stdout
+    assert all(re.search(rf"^  {name} +\w", text, re.MULTILINE) for name in COMMANDS)
     full = python("-m", "maml", "--helpfull").stdout
-    assert "<class> may be several" in " ".join(full.split()) and "several folders" not in short
+    assert "<class> may be several" in " ".join(full.split()) and "several folders" not in text
+
+
+def test_the_help_costs_a_tenth_of_a_second_of_work_and_imports_nothing_heavy():
+    """Processor time, the least of three: the machine may be busy."""
+    measured = "import resource, subprocess, sys; subprocess.run([sys.executable, '-m', 'maml', '--help'], "
+    measured += "stdout=-3); print(sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2]))"
+    assert min(float(python("-c", measured).stdout) for _ in range(3)) < 0.2
+    look = "import sys, atexit; from maml.commands import runner; sys.argv[1:] = ['--help']; "
+    look += "atexit.register(lambda: print({'tensorflow', 'numpy', 'PIL'} & {*sys.modules})); runner.main()"
+    assert python("-c", look).stdout.endswith("\nset()\n")
+
+
+def test_the_version_is_that_of_all_that_counts():
+    found = python("-m", "maml", "--version").stdout
+    assert re.fullmatch(r"maml \d+\.\d+\.\d+, tensorflow 2\.\d\S*, keras 3\.\S+, Python 3\.\S+\n", found)
 
 
 # --- Commands -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_every_command_is_a_module(name):
-    assert importlib.util.find_spec(f"maml.{name}")
+def test_what_a_command_imports_is_there(name):
+    row = COMMANDS[name]
+    for home in filter(None, (row.work, row.check)):
+        module, _, function = home.partition(":")
+        assert callable(getattr(importlib.import_module(module), function))
+    assert set(row.shows or ()) | set(row.defaults) <= set(Settings.__dataclass_fields__)
 
 
-def test_a_command_is_its_module():
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_help_of_a_command_has_its_own_flags_and_its_own_defaults(name):
+    text = forked.run("-m", "maml", name, "--help", COLUMNS="110").stdout
+    row = COMMANDS[name]
+    own = [flag.name for flag in row.flags]
+    assert FLAG.findall(text)[: len(own)] == own
+    of_a_run = [flag.name for flag in of_settings(FLAGS) if row.shows is None or flag.name in row.shows]
+    assert FLAG.findall(text)[len(own) :] == of_a_run
+    entries = {FLAG.match(entry)[1]: " ".join(entry.split()) for entry in re.split(r"\n(?=  --|\n)", text)
+               if FLAG.match(entry)}  # fmt: skip
+    for flag in of_a_run:
+        if row.otherwise and flag not in row.defaults:
+            assert entries[flag].endswith(f"[{row.otherwise}]")
+    if name == "adapt":
+        assert entries["transductive"].endswith("[false]")
+    if name == "train":
+        assert entries["transductive"].endswith("[true]")
+
+
+def test_the_table_of_what_there_is_can_be_read():
+    text = python("-m", "maml", "list", COLUMNS="100").stdout
+    assert max(map(len, text.splitlines())) <= 100
+    for name in (*tables.LEARNERS, *tables.NETWORKS, *tables.DATASETS, *CELLS, "flags/sweeps/shots.flags"):
+        assert re.search(rf"^  {name}( +\w|$)", text, re.MULTILINE), name
+    assert "--num_filters" in text and "second-order MAML" in text and "[omniglot]" in text
+    one = python("-m", "maml", "list", "networks").stdout
+    assert one.startswith("Networks: --network=NAME") and "Learners" not in one
+    refused = python("-m", "maml", "list", "nets", expect=2)
+    assert "expected tables (learners, " in refused.stderr and "got nets" in refused.stderr
+
+
+def test_a_command_is_the_same_however_it_is_called():
     by_name = python("main.py", "reproduce", "--helpshort").stdout
-    assert by_name == python("-m", "maml", "reproduce", "--helpshort").stdout
-    assert by_name.startswith("The paper's experiments: `python main.py reproduce [CELL …]`")
+    assert by_name == python("-m", "maml", "help", "reproduce").stdout
+    assert by_name.startswith("Runs the paper's experiments: `maml reproduce [CELL …]`")
     assert FLAG.findall(by_name)[:4] == ["scale", "seeds", "results_dir", "datasource"]
-    refused = python("-m", "maml", "prepare", "cifar", expect=2)
-    assert refused.stderr == python("-m", "maml", "prepare", "cifar", expect=2).stderr
-    assert "found cifar, needed one of miniimagenet" in refused.stderr
+    refused = python("-m", "maml", "prepare", "sinusoid", expect=2)
+    assert "expected one of omniglot, miniimagenet" in refused.stderr and "got sinusoid" in refused.stderr
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("adpat", "--support=photos"), "found adpat, needed flags .* or a command .* Did you mean adapt?"),
+        (("adpat", "--support=photos"), "expected flags .* or a command .* got adpat. Did you mean adapt?"),
+        (("help", "adpat"), "Did you mean adapt?"),
         (("swep",), "Did you mean sweep?"),
-        (("--seed=3", "sweep"), "found sweep behind flags, needed the command first"),
+        (("--seed=3", "sweep"), "expected the command first, got sweep behind flags"),
     ],
 )
 def test_a_mistyped_command_is_told_the_right_one(arguments, message):
@@ -106,7 +165,7 @@ def test_a_mistyped_command_is_told_the_right_one(arguments, message):
 def test_flagfiles_that_come_along_can_be_named_in_any_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert parse(["--flagfile=flags/sinusoid_20shot.flags"]).update_batch_size == 20
-    with pytest.raises(UserError, match=r"flags/nothing\.flags: found no such file"):
+    with pytest.raises(UserError, match=r"flags/nothing\.flags: .*got no such file"):
         parse(["--flagfile=flags/nothing.flags"])
     (tmp_path / "flags").mkdir()
     (tmp_path / "flags" / "sinusoid_20shot.flags").write_text("--update_batch_size=3")
@@ -115,10 +174,9 @@ def test_flagfiles_that_come_along_can_be_named_in_any_folder(tmp_path, monkeypa
 
 def test_commands_that_are_shown_can_be_typed_anywhere(tmp_path, monkeypatch):
     job = jobs.job([f"--flagfile={parsing.flagfiles()}/sinusoid_5shot.flags", "--seed=1"])
-    assert job.command == "python main.py --flagfile=flags/sinusoid_5shot.flags --seed=1"
+    assert job.command == "maml --flagfile=flags/sinusoid_5shot.flags --seed=1"
     shutil.copytree(ROOT / "flags", tmp_path / "maml" / "flagfiles")  # as it is installed
-    for module in (help, parsing):
-        monkeypatch.setattr(module, "__file__", str(tmp_path / "maml" / "module.py"))
+    monkeypatch.setattr(parsing, "__file__", str(tmp_path / "maml" / "settings" / "parsing.py"))
     installed = jobs.job([f"--flagfile={tmp_path}/maml/flagfiles/sinusoid_5shot.flags", "--seed=1"])
     assert installed.command == "maml --flagfile=flags/sinusoid_5shot.flags --seed=1"
 
@@ -141,10 +199,12 @@ def test_help_on_a_full_disk_says_so():
 
 STOPPED = """
 import signal, sys, time
-from maml import command
+from maml.commands import runner
+from maml.commands.table import Command
+from maml.process import put_off_interruption
 
 def work(_):
-    with command.put_off_interruption() as stop:
+    with put_off_interruption() as stop:
         if "--nolog" in sys.argv:
             signal.raise_signal(signal.SIGINT)
             time.sleep(1)
@@ -154,7 +214,7 @@ def work(_):
         print("and is saved", flush=True)
     stop.answer("saved")
 
-command.run(work)
+runner.run(Command("", "", work), sys.argv[1:])
 """
 
 

@@ -1,11 +1,13 @@
 """Mistakes that a command finds before TensorFlow is imported, which takes seconds; and what it is asked."""
 
 import pathlib
+import re
 
 from maml import tables
 from maml.commands.table import PREPARABLE
 from maml.errors import UserError
 from maml.runs import files
+from maml.runs.grid import Sweep, plan, read_grid
 from maml.settings import jobs
 from maml.settings.own import DEFAULT_LEARNER
 from maml.settings.settings import FLAGS, Settings, resolve
@@ -58,3 +60,22 @@ def protocol(operands: list[str]) -> Settings:
                 f"expected no --{name}, got it: this command tries all of them or knows it. Leave it out."
             )
     return files.test_settings(pathlib.Path(operands[0]), jobs.given_flags())
+
+
+def sweep(_: list[str]) -> Sweep:
+    """The grid and its combinations, each of them checked; the files can be written."""
+    grid = read_grid(FLAGS.grid)
+    name = FLAGS.name or "_".join(grid)
+    if not re.fullmatch(r"\w[\w.-]*", name):
+        raise UserError(f"expected a file name of letters, digits, '_', '-' and '.', got --name={name}.")
+    prefix = pathlib.Path(FLAGS.out or f"results/sweeps/{name}")
+    combinations = plan(grid, jobs.given_flags(but=tuple(grid)))
+    events = pathlib.Path(FLAGS.logdir) / "sweeps" / name if FLAGS.log else None
+    found = Sweep(name, grid, combinations, prefix, events)
+    try:
+        prefix.parent.mkdir(parents=True, exist_ok=True)
+        found.file(".new").touch()
+        found.file(".new").unlink()
+    except OSError as error:
+        raise UserError(f"--out: cannot write to {prefix.parent} ({error.strerror}).") from error
+    return found

@@ -6,7 +6,6 @@ from typing import NamedTuple
 from maml.settings.own import Flag
 from maml.tables import DATASETS
 
-GRID_EXAMPLE = '--grid="num_classes=2,3,5 num_query=1,15"'
 PREPARABLE = tuple(name for name, row in DATASETS.items() if row.channels)
 
 
@@ -81,6 +80,12 @@ or that of a checkpoint, such as the one the paper's authors published (`--init_
                 "classes, if these are known: then the accuracy is shown",
             ),
             Flag("run", None, "run folder of the trained network, instead of --init_from"),
+            Flag(
+                "prototypes",
+                False,
+                "classify by the nearest class mean of the network's features, without steps: any number of "
+                "classes [a metric learner's run does so anyway]",
+            ),
             Flag("out", None, "folder for predictions.csv, predictions.png and steps.png [adapted-QUERY]"),
         ),
         shows=(
@@ -184,9 +189,14 @@ Takes the flags of a run, and a grid: flags with several values each. Every comb
 like any other run, in its own run folder, unless that is done already. The sweeps in `flags/sweeps/` are
 flagfiles that hold the grid too.
 """,
+        check="maml.commands.arguments:sweep",
         work="maml.commands.sweep:run_grid",
         flags=(
-            Flag("grid", "", f"flags of a run with their values, the first the x axis: {GRID_EXAMPLE}"),
+            Flag(
+                "grid",
+                "",
+                'flags of a run with their values, the first the x axis: --grid="num_classes=2,3 seed=0,1"',
+            ),
             Flag("name", "", "of the sweep [the grid's flags]"),
             Flag("out", None, "the files without their endings [results/sweeps/NAME]"),
         ),

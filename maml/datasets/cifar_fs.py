@@ -55,8 +55,8 @@ def find(
             return ImageSource(NAME, fingerprint(path), listed)
     raise UserError(
         f"{NAME}: expected {ARCHIVE} of its authors, or data/ and {LISTS}/ from it, in "
-        f"{' or '.join(map(str, folders))}, got none. {misplaced(folders, forms)}Put it there, or give "
-        f"another --data_dir."
+        f"{' or '.join(map(str, folders))}, got none. "
+        f"{misplaced(folders, forms) or 'Put it there, or give another --data_dir.'}"
     )
 
 

@@ -94,10 +94,12 @@ def find(folders: Sequence[pathlib.Path], table: Table | None = None) -> ImageSo
                 f"{NAME}: {error.filename or folder}: found {error.strerror or error}, needed to read it. "
                 f"Check the folder and the rights."
             ) from error
-    elsewhere = misplaced(folders, lambda folder: is_form(folder, table))
+    missing = f"{NAME}: not found in {' or '.join(map(str, folders))}, but needed."
+    if elsewhere := misplaced(folders, lambda folder: is_form(folder, table)):
+        raise UserError(f"{missing} {elsewhere}")
     raise UserError(
-        f"{NAME}: not found in {' or '.join(map(str, folders))}, but needed. {elsewhere}Put there one of: "
-        f"{TAR} (image-net.org, 138 GB; it is read as it is); or {', '.join(PICKLES.values())}; or folders "
+        f"{missing} Put there one of: {TAR} "
+        f"(image-net.org, 138 GB; it is read as it is); or {', '.join(PICKLES.values())}; or folders "
         f"train/, val/ and test/ of class folders <wnid>/*.jpg. Another place: --data_dir."
     )
 

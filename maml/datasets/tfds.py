@@ -84,7 +84,7 @@ def _keys(folder: pathlib.Path, builder: "tensorflow_datasets.core.DatasetBuilde
     if not plain or image not in images or label not in labels:
         raise UserError(
             f"{folder}: expected a data set of one image and one class label each, got the features "
-            f"{', '.join(features)}. Use another, or a function of your own (--datasource=module:function)."
+            f"{', '.join(sorted(features))}. Use another, or --datasource=module:function."
         )
     return image, label
 

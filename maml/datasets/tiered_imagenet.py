@@ -31,6 +31,7 @@ NAME = "tieredImageNet"
 FOLDERS = ("tiered_imagenet", "tiered-imagenet", "tieredImageNet")
 PNG, NPZ, LABELS = "{}_images_png.pkl", "{}_images.npz", "{}_labels.pkl"
 SIDE = 84
+ELSEWHERE = "Put them there (github.com/renmengye/few-shot-ssl-public), or give another --data_dir."
 GET = "Get the files of github.com/renmengye/few-shot-ssl-public again."
 
 
@@ -71,8 +72,7 @@ def find(folders: Sequence[pathlib.Path], counts: Mapping[str, Counts] = COUNTS)
         raise UserError(
             f"{NAME}: expected {PNG.format('train')} (or {NPZ.format('train')}), {LABELS.format('train')}, "
             f"and those of val and test, in {' or '.join(map(str, folders))}, got none. "
-            f"{misplaced(folders, is_form)}Put them there (github.com/renmengye/few-shot-ssl-public), or "
-            f"give another --data_dir."
+            f"{misplaced(folders, is_form) or ELSEWHERE}"
         )
     paths = {split: _paths(folder, split) for split in SPLITS}
     read = one_at_a_time(_read_images)
@@ -149,7 +149,7 @@ def _read_images(path: pathlib.Path, needed: int) -> Sequence[np.ndarray]:
     """The array `images`, uint8 [n, 84, 84, 3], or the list of encoded images, each an array of bytes."""
     if path.suffix == ".npz":
         try:
-            with np.load(path, allow_pickle=False) as archive:
+            with np.load(path) as archive:  # which refuses pickled objects
                 images = archive["images"]
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
             raise UserError(f"{path}: expected an array `images`, got an error ({error}). {GET}") from error

@@ -1,6 +1,5 @@
 """Meta-SGD (Li, Zhou, Chen & Li 2017): MAML with learned step sizes."""
 
-import contextlib
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -8,6 +7,7 @@ import keras
 import tensorflow as tf
 
 from maml.learners.base import State
+from maml.learners.extra import extra_variable
 from maml.learners.losses import LossFunction
 from maml.learners.maml import ADAPT, Maml
 from maml.networks.stateless import Weights, weight_names
@@ -72,7 +72,8 @@ class MetaSgd(Maml):
             like = network.trainable_variables[i]
             shape = () if alpha_per == "layer" else like.shape
             if home not in made:
-                made[home] = _variable(f"alpha/{home}", shape, low, high, like.dtype)
+                start = low if low == high else keras.initializers.RandomUniform(low, high)
+                made[home] = extra_variable(f"alpha/{home}", shape, start, like.dtype)
         self.extra_variables = list(made.values())
         order = list(made)
         self._rate_of = [order.index(home) for home in homes]
@@ -98,15 +99,3 @@ class MetaSgd(Maml):
     def rates(self, state: State) -> Sequence[tf.Tensor]:
         """α of each adapted weight; the same in every step."""
         return [state.rates[i] for i in self._rate_of]
-
-
-def _variable(path: str, shape: tuple[int, ...], low: float, high: float, dtype: str) -> keras.Variable:
-    """A variable of that path, uniform between low and high."""
-    *scopes, name = path.split("/")
-    with contextlib.ExitStack() as stack:
-        for scope in scopes:
-            stack.enter_context(keras.name_scope(scope))
-        initializer = keras.initializers.RandomUniform(low, high)
-        if low == high:
-            initializer = keras.initializers.Constant(low)
-        return keras.Variable(initializer, shape=shape, dtype=dtype, name=name)

@@ -5,11 +5,12 @@ import numpy as np
 
 from maml.errors import UserError
 from maml.networks.layers import BatchNorm, LayerNorm, LayerNormalization, MovingBatchNorm
+from maml.networks.step_batch_norm import StepBatchNorm
 
 # Layers that are tested under `tf.vectorized_map` and XLA.
 _TESTED = "InputLayer Dense Flatten Activation ReLU Rescaling Dropout Embedding Add Concatenate"
 BATCHED = {getattr(keras.layers, name) for name in [*_TESTED.split(), "GlobalAveragePooling1D"]}
-BATCHED |= {BatchNorm, LayerNorm, LayerNormalization, MovingBatchNorm}
+BATCHED |= {BatchNorm, LayerNorm, LayerNormalization, MovingBatchNorm, StepBatchNorm}
 
 
 def refuse_unfit(model: keras.Model, first_order: bool) -> None:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 
 import keras
 
-from maml.networks.layers import MaxPool, _exact, _norm
+from maml.networks.layers import LeakyReLU, MaxPool, _exact, _norm
 
 
 def conv4(
@@ -49,7 +49,9 @@ def conv4(
         if max_pool:
             # Before the ReLU, unlike in the paper: the same result, from a quarter of the work.
             layers.append(MaxPool(pool_padding, dtype=dtype))
-        layers.append(keras.layers.ReLU(negative_slope=negative_slope, dtype=dtype))
+        layers.append(
+            LeakyReLU(negative_slope, dtype=dtype) if negative_slope else keras.layers.ReLU(dtype=dtype)
+        )
     pooling = keras.layers.Flatten if flatten else keras.layers.GlobalAveragePooling2D
     layers.append(pooling(dtype=_exact(dtype)))
     if way is None:

@@ -30,6 +30,11 @@ def batch_statistics() -> Iterator[None]:
         _BY_BATCH.reset(token)
 
 
+def is_by_batch() -> bool:
+    """Whether this is within `batch_statistics`."""
+    return _BY_BATCH.get()
+
+
 @keras.saving.register_keras_serializable("maml")
 class BatchNorm(keras.layers.Layer):
     """Normalises each channel by the statistics of the batch at hand, then adds a learned β.
@@ -188,6 +193,23 @@ class LayerNormalization(keras.layers.LayerNormalization):
         if self.beta is not None:
             y += tf.reshape(tf.cast(self.beta, y.dtype), shape)
         return tf.cast(y, self.compute_dtype)
+
+
+@keras.saving.register_keras_serializable("maml")
+class LeakyReLU(keras.layers.Layer):
+    """Keras' layer of that name, whose slope TensorFlow would round to float32 in float64."""
+
+    def __init__(self, negative_slope: float = 0.01, **kwargs):
+        """Takes the slope below 0, less than 1."""
+        super().__init__(**kwargs)
+        self.negative_slope = negative_slope
+
+    def get_config(self):
+        """The arguments."""
+        return super().get_config() | {"negative_slope": self.negative_slope}
+
+    def call(self, x):
+        return tf.maximum(x, self.negative_slope * x)
 
 
 @keras.saving.register_keras_serializable("maml")

@@ -65,7 +65,7 @@ def _in_short(flag: flags.Flag, origin: str | None) -> tuple[str, str]:
     choices, text = re.fullmatch(r"(?:<([^>]*)>: )?(.*)", flag.help, re.DOTALL).groups()
     if not choices or len(choices) > LONGEST_CHOICE or getattr(flag.parser, "table", ()):
         explained = isinstance(flag.parser, parsing.ExplainingParser)  # a text is a path then
-        choices = TYPES[flag.flag_type()] if explained else "TEXT"
+        choices = TYPES.get(flag.flag_type()) if explained else "TEXT"
     call = f"--[no]{flag.name}" if flag.boolean else f"--{flag.name}={choices}"
     about = text.split("\n\n")[0]
     default = str(flag.default).lower() if flag.boolean else flag.default

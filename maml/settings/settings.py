@@ -373,15 +373,15 @@ def resolve(values: flags.FlagValues = FLAGS) -> tuple[Settings, dict[str, objec
     given["test_num_query"] = given["test_num_query"] or shot
     if not given["transductive"] and given["norm"] != "batch_norm":
         raise UserError(
-            f"--notransductive needs batch norm; found --norm={given['norm']}, which treats every example by "
-            f"itself. Leave out --notransductive."
+            f"--notransductive: expected batch norm, got --norm={given['norm']}, which treats every example "
+            f"by itself. Leave out --notransductive."
         )
     own, from_paper = _own(values, given["learner"], given["datasource"])
     settings = Settings(**given, own=own)
     if len(settings.run_name) > parsing.LONGEST_PART:
         raise UserError(
-            f"found a run folder's name of {len(settings.run_name)} characters ({settings.run_name}), needed "
-            f"at most {parsing.LONGEST_PART}. Rename the folder of --data_dir."
+            f"expected a run folder's name of at most {parsing.LONGEST_PART} characters, got one of "
+            f"{len(settings.run_name)} ({settings.run_name}). Rename the folder of --data_dir."
         )
     return settings, paper | from_paper
 
@@ -398,7 +398,9 @@ def _own(values: flags.FlagValues, learner: str, datasource: str) -> tuple[dict,
 
 def as_flagfile(settings: Settings) -> str:
     """The settings as the text of an absl flagfile that repeats the run."""
-    left_out = ("train_update_batch_size", "train_update_lr", "test_iter", "checkpoint")
+    left_out = {"train_update_batch_size", "train_update_lr", "test_iter", "checkpoint"}
+    if settings.img_size == settings.dataset.side:  # which may be less than the flag takes
+        left_out.add("img_size")
     return "".join(
         f"--{name}={str(value).lower() if isinstance(value, bool) else value}\n"
         for name, value in settings.by_flag.items()

@@ -4,16 +4,11 @@ A case is `NAME.npz` and `NAME.json`. A family's module has `CASES`, {prefix of 
 that returns {quantity: relative error}}; all in float64.
 """
 
-import importlib
 import json
 import pathlib
-import pkgutil
-from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
-
-TOLERANCE = 1e-6
 
 
 class Case(NamedTuple):
@@ -81,21 +76,3 @@ def relative(found: np.ndarray, reference: np.ndarray) -> float:
     errors = Errors()
     errors.add("", found, reference)
     return errors[""]
-
-
-def registry() -> dict[str, Callable[[Case], dict[str, float]]]:
-    """The functions of all families, by prefix."""
-    modules = [importlib.import_module(f"{__name__}.{m.name}") for m in pkgutil.iter_modules(__path__)]
-    return {prefix: check for module in modules for prefix, check in getattr(module, "CASES", {}).items()}
-
-
-def known(folder: pathlib.Path) -> dict[str, Callable[[], dict[str, float]]]:
-    """{name: what computes its errors} for the cases in a folder whose prefix is known."""
-    checks = registry()
-
-    def check(path: pathlib.Path) -> Callable[[], dict[str, float]] | None:
-        prefixes = [prefix for prefix in checks if path.stem.startswith(prefix)]
-        return (lambda: checks[max(prefixes, key=len)](Case.load(path))) if prefixes else None
-
-    found = {path.stem: check(path) for path in sorted(folder.glob("*.json"))}
-    return {name: run for name, run in found.items() if run}

@@ -1,7 +1,8 @@
 """ANIL, BOIL and Meta-SGD against learn2learn; the common parts of all gradient-based learners' cases."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import keras
 import numpy as np
@@ -24,6 +25,38 @@ ONE_BY_ONE = TaskMap(vectorize=False, jit_compile=False)
 BATCHES = ("b0", "b1", "b2")
 
 
+class Run(NamedTuple):
+    """A run of an original: {name: array} with the prefixes taken off.
+
+    Fields:
+        settings: of the run.
+        dead: names of the variables whose true gradient is zero, so that Adam moves them by rounding noise.
+        inputs, initial, wanted: what is under `in/`, `init/` and `f64/`.
+    """
+
+    settings: dict
+    dead: set[str]
+    inputs: dict[str, np.ndarray]
+    initial: dict[str, np.ndarray]
+    wanted: dict[str, np.ndarray]
+
+    @classmethod
+    def of(cls, case: Case) -> "Run":
+        """The run of a case."""
+        dead = {name for bias in case.info.get("dead_biases", ()) for name in (bias, f"lr/{bias}")}
+        groups = (case.group(prefix) for prefix in ("in/", "init/", "f64/"))
+        return cls(case.info.get("settings") or {}, dead, *groups)
+
+    def under(self, prefix: str) -> dict[str, np.ndarray]:
+        """{name: what is wanted under prefix/name}, without dead biases and their learned rates."""
+        found = {
+            name.removeprefix(f"{prefix}/"): array
+            for name, array in self.wanted.items()
+            if name.startswith(f"{prefix}/")
+        }
+        return {name: array for name, array in found.items() if name not in self.dead}
+
+
 # --- Names, weights, episodes ---------------------------------------------------------------------------
 
 
@@ -33,21 +66,21 @@ def their_name(name: str) -> str:
     return name.replace("head/", "dense/")
 
 
-def assign(algorithm: Algorithm, case: Case, rename: Callable[[str], str] = their_name) -> list[str]:
+def assign(algorithm: Algorithm, run: Run, rename: Callable[[str], str] = their_name) -> list[str]:
     """Gives an algorithm the initial meta-parameters; returns the fixtures' names of its variables."""
     names = [rename(name) for name in algorithm.weight_names()]
     for name, variable in zip(names, algorithm.variables, strict=True):
-        variable.assign(case.initial[name].reshape(variable.shape))
+        variable.assign(run.initial[name].reshape(variable.shape))
     return names
 
 
-def episodes(case: Case, batch: str) -> Episode:
+def episodes(run: Run, batch: str) -> Episode:
     """A meta-batch [tasks, n, …] of images of the classes in order, or of a regression."""
 
     def part(which: str) -> tuple[np.ndarray, np.ndarray]:
-        x = case.inputs[f"{batch}/{which}_x"]
-        if f"{batch}/{which}_y" in case.inputs:
-            return x.astype(np.float64), case.inputs[f"{batch}/{which}_y"].astype(np.float64)
+        x = run.inputs[f"{batch}/{which}_x"]
+        if f"{batch}/{which}_y" in run.inputs:
+            return x.astype(np.float64), run.inputs[f"{batch}/{which}_y"].astype(np.float64)
         tasks, way, count = x.shape[:3]
         labels = np.broadcast_to(np.repeat(np.arange(way, dtype=np.int32), count), (tasks, way * count))
         return x.reshape(tasks, way * count, *x.shape[3:]) / 256.0, labels
@@ -55,62 +88,70 @@ def episodes(case: Case, batch: str) -> Episode:
     return Episode(*(tf.constant(a) for which in ("support", "query") for a in part(which)))
 
 
-def blocks(case: Case) -> Episode:
+def blocks(run: Run) -> Episode:
     """The three meta-batches as a block of training."""
-    return Episode(*(tf.stack(rows) for rows in zip(*(episodes(case, b) for b in BATCHES), strict=True)))
+    return Episode(*(tf.stack(rows) for rows in zip(*(episodes(run, b) for b in BATCHES), strict=True)))
 
 
 # --- What is compared -----------------------------------------------------------------------------------
 
 
 def compare_inner(
-    algorithm: Maml, names: list[str], case: Case, errors: Errors, rename: str = "adapted"
+    algorithm: Maml, names: list[str], run: Run, errors: Errors, prefix: str = "train0", quantity: str = ""
 ) -> None:
-    """Losses, logits and weights in the inner loop of every task of the first meta-batch."""
+    """Losses, logits and weights in the inner loop of every task of the first meta-batch.
+
+    On the query set of those after the last step, whichever there are.
+    """
     count = len(algorithm.network.trainable_variables)
 
     @tf.function(autograph=False)
     def trace(episode: Episode):
         state, losses, logits, weights = algorithm.begin_task(algorithm.weights(), episode), [], [], []
         for _ in range(algorithm.inner_steps):
-            logits.append(algorithm.outputs(state, episode.support_x))
+            before = state
             state, measures = algorithm.step(state, episode.support_x, episode.support_y)
+            # Learners whose norms differ from step to step take this step's in the state that it leaves.
+            now = algorithm.with_fast_weights(state, algorithm.fast_weights(before))
+            logits.append(algorithm.outputs(now, episode.support_x))
             losses.append(measures["loss"])
             weights.append(algorithm.fast_weights(state))
         outputs = algorithm.outputs(state, episode.query_x)
         return losses, logits, weights, outputs, algorithm.measure(outputs, episode.query_y)["loss"]
 
-    batch = episodes(case, "b0")
-    wanted = case.under(f"train0/{rename}")
+    batch, wanted = episodes(run, "b0"), run.wanted
+    support = {name: wanted[f"{prefix}/support_{name}"] for name in ("loss", "logits")}
+    query = {name: wanted[f"{prefix}/query_{name}"] for name in ("loss", "logits")}
     for task in range(batch.support_x.shape[0]):
         losses, logits, weights, outputs, loss = trace(Episode(*(field[task] for field in batch)))
-        errors.add("losses", losses, case.wanted["train0/support_loss"][task])
-        errors.add("losses", loss, case.wanted["train0/query_loss"][task].reshape(()))
-        shape = case.wanted["train0/support_logits"][task].shape
-        errors.add("logits", np.reshape(logits, shape), case.wanted["train0/support_logits"][task])
-        shape = case.wanted["train0/query_logits"][task].shape
-        errors.add("logits", np.reshape(outputs, shape), case.wanted["train0/query_logits"][task])
-        for name, array in wanted.items():
+        errors.add(f"{quantity}losses", losses, support["loss"][task])
+        errors.add(f"{quantity}losses", loss, query["loss"][task].reshape(-1)[-1])
+        errors.add(f"{quantity}logits", logits, support["logits"][task].reshape(np.shape(logits)))
+        last = query["logits"][task].reshape(-1, *outputs.shape)[-1]
+        errors.add(f"{quantity}logits", outputs, last)
+        for name, array in run.under(f"{prefix}/adapted").items():
             found = [step[names[:count].index(name)] for step in weights]
-            errors.add("adapted weights", found, array[task])
+            errors.add(f"{quantity}adapted weights", found, array[task])
+        for name, array in run.under(f"{prefix}/final").items():
+            errors.add(f"{quantity}adapted weights", weights[-1][names[:count].index(name)], array[task])
 
 
-def compare_outer(outer: OuterLoop, names: list[str], case: Case, errors: Errors, block: Episode) -> None:
+def compare_outer(outer: OuterLoop, names: list[str], run: Run, errors: Errors, block: Episode) -> None:
     """The meta-gradient of the first meta-batch, and the meta-parameters after one and three updates."""
     first = tf.nest.map_structure(lambda rows: rows[0], block)
     gradient = tf.function(outer.gradient, autograph=False)(first).gradient
-    for name, array in case.under("metagrad").items():
+    for name, array in run.under("metagrad").items():
         errors.add("meta-gradient", gradient[names.index(name)], array)
     for label, begin, end in (("outer1", 0, 1), ("outer3", 1, 3)):
         measures = outer.block(block, tf.constant(begin), tf.constant(end))
         for i in range(begin, end):
-            errors.add("query losses", measures["query_loss"][i], case.wanted["meta_train_loss"][i])
-        compare_weights(outer.algorithm, names, case, errors, label)
+            errors.add("query losses", measures["query_loss"][i], run.wanted["meta_train_loss"][i])
+        compare_weights(outer.algorithm, names, run, errors, label)
 
 
-def compare_weights(algorithm: Algorithm, names: list[str], case: Case, errors: Errors, label: str) -> None:
+def compare_weights(algorithm: Algorithm, names: list[str], run: Run, errors: Errors, label: str) -> None:
     """The meta-parameters after some updates."""
-    wanted = case.under(label)
+    wanted = run.under(label)
     for name, variable in zip(names, algorithm.variables, strict=True):
         if name in wanted:
             errors.add(label, variable.numpy().reshape(wanted[name].shape), wanted[name])
@@ -133,9 +174,9 @@ def cnn4(settings: dict) -> keras.Sequential:
     )
 
 
-def learn2learn(case: Case, make: Callable[[keras.Model], Maml]) -> Errors:
+def learn2learn(run: Run, make: Callable[[keras.Model], Maml]) -> Errors:
     """A case of learn2learn, of the learner that `make` makes of the network."""
-    settings, errors = case.settings, Errors()
+    settings, errors = run.settings, Errors()
     if "h" in settings:
         algorithm, rename = make(cnn4(settings)), their_name
     else:
@@ -146,15 +187,15 @@ def learn2learn(case: Case, make: Callable[[keras.Model], Maml]) -> Errors:
             return name.replace("alpha/", "lr/").replace("head/", "dense3/")
 
     outer = OuterLoop(algorithm, TorchAdam(settings["meta_lr"]), ONE_BY_ONE)
-    names = assign(algorithm, case, rename)
-    compare_inner(algorithm, names, case, errors)
-    compare_outer(outer, names, case, errors, blocks(case))
+    names = assign(algorithm, run, rename)
+    compare_inner(algorithm, names, run, errors)
+    compare_outer(outer, names, run, errors, blocks(run))
     return errors
 
 
-def anil(case: Case) -> Errors:
+def anil(run: Run) -> Errors:
     """ANIL, by learn2learn's own program (joint normalization) or by its Meta-SGD (apart)."""
-    settings = case.settings
+    settings = run.settings
 
     def make(network: keras.Model) -> Anil:
         return Anil(
@@ -167,12 +208,12 @@ def anil(case: Case) -> Errors:
             classification=True,
         )
 
-    return learn2learn(case, make)
+    return learn2learn(run, make)
 
 
-def meta_sgd(case: Case) -> Errors:
+def meta_sgd(run: Run) -> Errors:
     """Meta-SGD of images, and of the sinusoid."""
-    settings = case.settings
+    settings = run.settings
 
     def make(network: keras.Model) -> MetaSgd:
         images = "h" in settings
@@ -185,7 +226,10 @@ def meta_sgd(case: Case) -> Errors:
             classification=images,
         )
 
-    return learn2learn(case, make)
+    return learn2learn(run, make)
 
 
-CASES = {"anil": anil, "metasgd": meta_sgd}
+FAMILY = {"anil": anil, "metasgd": meta_sgd}
+CASES: Mapping[str, Callable[[Case], dict[str, float]]] = {
+    prefix: lambda case, check=check: check(Run.of(case)) for prefix, check in FAMILY.items()
+}

@@ -1,4 +1,4 @@
-"""Bad flags and flagfiles: each is one line with what was found, what is needed and what to do, at once."""
+"""Bad flags and flagfiles: each is one line with what is expected, what was got and what to do, at once."""
 
 import re
 
@@ -10,20 +10,20 @@ from maml.settings.parsing import LARGEST
 from maml.settings.settings import FLAGS, as_flagfile, parse
 from tests.test_cli import ROOT, python
 
-NEEDED = re.compile(r"\bneed(s|ed)?\b", re.IGNORECASE)
+EXPECTED = re.compile(r"\b(expected|needed)\b", re.IGNORECASE)
 ADVICE = re.compile(
-    r"\b(add|check|choose|delete|did you mean|drop|fetch|fill|get|give|lower|make|move|point|put|remove|"
+    r"\b(add|change|check|choose|delete|did you mean|fetch|fill|get|leave|lower|make|move|point|put|remove|"
     r"rename|replace|see|set|test|train|unpack|use|write)\b",
     re.IGNORECASE,
 )
 
 
 def assert_whole(message: str, *found: str) -> None:
-    """One line that says what was found (regular expressions), what was needed and what to do."""
+    """One line that says what was got (regular expressions), what is expected and what to do."""
     assert len(message.splitlines()) == 1, message
     for expression in found:
         assert re.search(expression, message), (expression, message)
-    assert NEEDED.search(message), message
+    assert EXPECTED.search(message), message
     assert ADVICE.search(message), message
     assert "Traceback" not in message and len(message) < 2000, message
 
@@ -56,7 +56,7 @@ def below(name: str) -> str:
 
 def integers() -> dict[tuple[str, ...], str]:
     return {
-        (f"--{name}={value}",): rf"--{name}={re.escape(value)}: needed an? .*integer"
+        (f"--{name}={value}",): rf"--{name}={re.escape(value)}: expected an? .*integer"
         for name in OF_TYPE["int"]
         for value in ("abc", "", "1.5", below(name), "9" * 20)
     }
@@ -64,7 +64,7 @@ def integers() -> dict[tuple[str, ...], str]:
 
 def numbers() -> dict[tuple[str, ...], str]:
     return {
-        (f"--{name}={value}",): rf"--{name}={value}: needed a .*finite number"
+        (f"--{name}={value}",): rf"--{name}={value}: expected a .*finite number"
         for name in OF_TYPE["float"]
         for value in ("small", "", "nan", "inf", "1e999", "0,001")
     }
@@ -72,7 +72,7 @@ def numbers() -> dict[tuple[str, ...], str]:
 
 def booleans() -> dict[tuple[str, ...], str]:
     wrong = {
-        (f"--{name}={value}",): rf"--{name}={value}: needed true or false"
+        (f"--{name}={value}",): rf"--{name}={value}: expected true or false"
         for name in OF_TYPE["bool"]
         for value in ("maybe", "2")
     }
@@ -82,15 +82,15 @@ def booleans() -> dict[tuple[str, ...], str]:
 
 def choices() -> dict[tuple[str, ...], str]:
     return {
-        (f"--{name}={value}",): rf"--{name}={value}: needed one of \w+"
+        (f"--{name}={value}",): rf"--{name}={value}: expected one of \w+"
         for name in OF_TYPE["string enum"]
         for value in ("other", "", "0", "sinusoid,omniglot")
     }
 
 
 BAD_PATHS = {
-    "": "needed a path",
-    "  ": "needed a path",
+    "": "expected a path",
+    "  ": "expected a path",
     "--seed=3": r"\./",
     "~/runs": r"\$HOME",
     "runs ": "blanks around",
@@ -112,50 +112,67 @@ def paths() -> dict[tuple[str, ...], str]:
 
 
 def without_value() -> dict[tuple[str, ...], str]:
-    return {(f"--{name}",): f"--{name}: found none" for name in OURS if name not in OF_TYPE["bool"]}
+    return {
+        (f"--{name}",): f"--{name}: expected --name=value, got no value"
+        for name in OURS
+        if name not in OF_TYPE["bool"]
+    }
 
 
 UNKNOWN = {
-    ("--num_clases=5",): "found --num_clases.*--num_classes",
-    ("--update_learning_rate=0.1",): "found --update_learning_rate",
-    ("--metalr=0.1",): "found --metalr.*--meta_lr",
-    ("--x=1",): "found --x",
-    ("--notrainn",): "found --notrainn",
-    ("-batch=3",): "found --batch",
-    ("--=5",): "found --=5",
-    ("---seed=5",): "found ---seed",
-    ("--" + "a" * 5000,): "found --aaa",
-    ("--нет=1",): "found --нет",
-    ("stray",): "found stray",
-    ("seed=5",): "found seed=5",
-    ("--seed=1", "2", "3"): "found 2 3, needed flags",
-    ("--", "--seed=3"): "found --seed=3",
-    ("-",): "found -,",
-    ("--seed", "--log"): "--seed=--log: needed an integer",
-    ("--seed=3",) * 10_001: "more than 10000 arguments",
+    ("--num_clases=5",): "got --num_clases.*--num_classes",
+    ("--update_learning_rate=0.1",): "got --update_learning_rate",
+    ("--metalr=0.1",): "got --metalr.*--meta_lr",
+    ("--x=1",): "got --x",
+    ("--notrainn",): "got --notrainn",
+    ("-batch=3",): "got --batch.*--update_batch_size or --meta_batch_size",
+    ("--lr=0.1",): "got --lr.*Did you mean --update_lr or --meta_lr",
+    ("--nolr",): "got --nolr",
+    ("--=5",): "got --=5",
+    ("---seed=5",): "got ---seed",
+    ("--" + "a" * 5000,): "got --aaa",
+    ("--нет=1",): "got --нет",
+    ("stray",): "got stray",
+    ("seed=5",): "got seed=5",
+    ("--seed=1", "2", "3"): "expected flags .* got 2 3",
+    ("--", "--seed=3"): "got --seed=3",
+    ("-",): "got -[.]",
+    ("--seed", "--log"): "--seed=--log: expected an integer",
+    ("--seed=3",) * 10_001: "at most 10000 arguments",
 }
 
 PHOTOS = ("--datasource=folder", "--data_dir=photos")
 NONSENSE = {
-    ("--baseline=oracle", "--datasource=omniglot"): "found --datasource=omniglot",
-    ("--baseline=oracle", "--datasource=miniimagenet"): "found --datasource=miniimagenet",
-    ("--baseline=oracle", *PHOTOS): "found --datasource=folder",
-    ("--datasource=omniglot", "--noconv", "--max_pool"): "found --noconv",
-    ("--datasource=miniimagenet", "--max_pool", "--conv=0"): "found --noconv",
-    ("--datasource=folder",): "--data_dir=DIR.*found none",
-    ("--img_size=64",): "--img_size needs images; found --datasource=sinusoid",
+    ("--baseline=oracle", "--datasource=omniglot"): "got --datasource=omniglot",
+    ("--baseline=oracle", "--datasource=miniimagenet"): "got --datasource=miniimagenet",
+    ("--baseline=oracle", *PHOTOS): "got --datasource=folder",
+    ("--datasource=omniglot", "--noconv", "--max_pool"): "got --noconv",
+    ("--datasource=miniimagenet", "--max_pool", "--conv=0"): "got --noconv",
+    ("--datasource=folder",): "--data_dir=DIR.*got none",
+    ("--datasource=omniglot", "--noconv", "--network=conv4"): "--network=conv4.*got --noconv",
+    ("--datasource=omniglot", "--conv", "--network=mlp"): "--network=mlp.*got --conv",
+    ("--network=conv4",): "--network=conv4: expected .* images, got --datasource=sinusoid",
+    (
+        "--datasource=omniglot",
+        "--network=resnet12",
+        "--num_filters=32",
+    ): "--num_filters: .*--network=resnet12",
+    ("--network=maml.nowhere:build",): "got maml.nowhere:build",
+    ("--learner=maml.nowhere:Class",): "got maml.nowhere:Class",
+    ("--learner=maml.errors:UserError",): "--learner=maml.errors:UserError: expected a class derived from",
+    ("--img_size=64",): "--img_size: expected .*images, got --datasource=sinusoid",
     ("--train_update_batch_size=1",): "--train_update_batch_size selects.*training on",
     ("--train_update_lr=0.1",): "--train_update_lr selects.*training on",
     ("--test_iter=100",): "--test_iter selects.*training on",
     ("--test_iter=100", "--train=True", "--test_set"): "--test_iter selects.*training on",
     ("--metatrain_iterations=0",): "--metatrain_iterations=0",
     ("--metatrain_iterations=0", "--baseline=oracle"): "--metatrain_iterations=0",
-    ("--train=False", "--checkpoint=best", "--test_iter=5"): "found --checkpoint=best and --test_iter=5",
-    ("--train=False", "--train_update_batch_size=0"): "found 0 and -1.0",
-    ("--train=False", "--train_update_lr=-0.5"): "found -1 and -0.5",
-    ("--notransductive",): "found --norm=None",
-    ("--notransductive", "--datasource=omniglot", "--norm=layer_norm"): "found --norm=layer_norm",
-    ("--datasource=folder", f"--data_dir={'x' * 250}"): r"found a run folder's name of \d+ characters",
+    ("--train=False", "--checkpoint=best", "--test_iter=5"): "got --checkpoint=best and --test_iter=5",
+    ("--train=False", "--train_update_batch_size=0"): "got 0 and -1.0",
+    ("--train=False", "--train_update_lr=-0.5"): "got -1 and -0.5",
+    ("--notransductive",): "got --norm=None",
+    ("--notransductive", "--datasource=omniglot", "--norm=layer_norm"): "got --norm=layer_norm",
+    ("--datasource=folder", f"--data_dir={'x' * 250}"): r"at most 255 characters, got one of \d+",
 }
 
 CASES = (
@@ -177,22 +194,22 @@ def test_there_are_many_distinct_ones():
 GOOD = "--seed=3\n# a comment\n\n// another\n  --update_batch_size=1  \n"
 # What is in a file, and what must be said.
 FILES = {
-    "a wrong value": (GOOD + "--num_classes=many", "--num_classes=many: needed an integer"),
-    "an unknown flag": (GOOD + "--num_class=5", "found --num_class.*Did you mean --num_classes"),
-    "nonsense": (GOOD + "--img_size=20", "--img_size needs images"),
-    "no dashes": (GOOD + "num_classes=5", "found num_classes=5"),
-    "a blank for =": (GOOD + "--num_classes 5", "found --num_classes 5"),
-    "Python": ("import tensorflow as tf\n", "found import tensorflow as tf"),
-    "JSON": ('{"seed": 3}', "found {"),
+    "a wrong value": (GOOD + "--num_classes=many", "--num_classes=many: expected an integer"),
+    "an unknown flag": (GOOD + "--num_class=5", "got --num_class.*Did you mean --num_classes"),
+    "nonsense": (GOOD + "--img_size=20", "--img_size: expected a data set of images"),
+    "no dashes": (GOOD + "num_classes=5", "got num_classes=5"),
+    "a blank for =": (GOOD + "--num_classes 5", "got --num_classes 5"),
+    "Python": ("import tensorflow as tf\n", "got import tensorflow as tf"),
+    "JSON": ('{"seed": 3}', "got {"),
     "NULs": (b"\0" * 100, "something else than text"),
     "an image": (b"\x89PNG\r\n\x1a\n\xff\xfe", "something else than text"),
     "UTF-16": (GOOD.encode("utf-16"), "something else than text"),
     "Latin-1": ("--logdir=/tmp/Läufe".encode("latin1"), "something else than text"),
     "megabytes": ("--seed=3\n" * 200_000, "more than 1048576 bytes"),
-    "an escape": ("--seed=\x1b[2J5", r"--seed=\?\[2J5: needed"),
-    "a flagfile that is not there": ("--flagfile=nowhere.flags", "=nowhere.flags: found no such file"),
-    "a flagfile without a name": ("--flagfile=", "found no file name"),
-    "a flagfile at the end": ("--flagfile", "found no file name"),
+    "an escape": ("--seed=\x1b[2J5", r"--seed=\?\[2J5: expected"),
+    "a flagfile that is not there": ("--flagfile=nowhere.flags", "=nowhere.flags: .*got no such file"),
+    "a flagfile without a name": ("--flagfile=", "got no file name"),
+    "a flagfile at the end": ("--flagfile", "got no file name"),
     "a path of the shell": (GOOD + "--logdir=~/runs", r"\$HOME"),
 }  # fmt: skip
 
@@ -206,22 +223,24 @@ def test_bad_flagfiles_are_refused_in_one_line(name, tmp_path):
 
 
 def test_flagfiles_that_are_no_files_are_refused(tmp_path):
-    assert_refused(tmp_path, [f"--flagfile={tmp_path / 'nowhere'}"], "nowhere: found no such file")
-    assert_refused(tmp_path, [f"--flagfile={tmp_path}"], "found is a directory")
+    assert_refused(tmp_path, [f"--flagfile={tmp_path / 'nowhere'}"], "nowhere: .*got no such file")
+    assert_refused(tmp_path, [f"--flagfile={tmp_path}"], "got is a directory")
     assert_refused(tmp_path, ["--flagfile=/dev/zero"], "something else than text")
     assert_refused(tmp_path, ["--flagfile", "a\0b"], "something else than text")
-    assert_refused(tmp_path, [f"--flagfile={'x' * 300}"], "found file name too long")
-    assert_refused(tmp_path, ["--flagfile"], "found no file name")
+    assert_refused(tmp_path, [f"--flagfile={'x' * 300}"], "got file name too long")
+    assert_refused(tmp_path, ["--flagfile"], "got no file name")
 
 
 def test_flagfiles_within_themselves_are_refused(tmp_path):
     one, other = tmp_path / "one.flags", tmp_path / "other.flags"
     one.write_text(f"--seed=1\n--flagfile={other}")
     other.write_text(f"--flagfile={tmp_path}/./one.flags")
-    assert_refused(tmp_path, [f"--flagfile={one}"], r"one.flags: found in itself.*other\.flags")
+    assert_refused(
+        tmp_path, [f"--flagfile={one}"], r"one.flags: expected an end, got the file in itself.*other\.flags"
+    )
     for i in range(40):
         (tmp_path / f"{i}.flags").write_text(f"--flagfile={tmp_path}/{i + 1}.flags")
-    assert_refused(tmp_path, [f"--flagfile={tmp_path}/0.flags"], "found in 20 others")
+    assert_refused(tmp_path, [f"--flagfile={tmp_path}/0.flags"], "at most 20 files in one another")
 
 
 def test_good_flagfiles_are_still_read(tmp_path):
@@ -247,14 +266,14 @@ def test_good_flagfiles_are_still_read(tmp_path):
 
 # TensorFlow is not even imported: these take a fraction of a second.
 PROCESSES = {
-    ("--num_classes=abc",): "--num_classes=abc: needed an integer",
-    ("--update_lr=nan",): "--update_lr=nan: needed a .*number",
-    ("--log=maybe",): "--log=maybe: needed true or false",
-    ("--datasource=imagenet",): "--datasource=imagenet: needed one of sinusoid, ",
-    ("--logdir=~/runs",): "--logdir=~/runs: needed a path",
-    ("--notransductive",): "found --norm=None",
-    ("stray",): "found stray",
-    ("--datasource=folder",): "found none",
+    ("--num_classes=abc",): "--num_classes=abc: expected an integer",
+    ("--update_lr=nan",): "--update_lr=nan: expected a .*number",
+    ("--log=maybe",): "--log=maybe: expected true or false",
+    ("--datasource=imagenet",): "--datasource=imagenet: expected one of sinusoid, ",
+    ("--logdir=~/runs",): "--logdir=~/runs: expected a path",
+    ("--notransductive",): "got --norm=None",
+    ("stray",): "got stray",
+    ("--datasource=folder",): "got none",
 }
 
 

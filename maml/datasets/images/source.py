@@ -74,12 +74,12 @@ def misplaced(folders: Sequence[pathlib.Path], holds: Callable[[pathlib.Path], o
         if holds(data_dir):
             here = data_dir.resolve()
             if here.name in names:
-                return f"It is in {data_dir} itself: give --data_dir={here.parent}. "
-            return f"It is in {data_dir} itself: move it to {folders[0]}. "
+                return f"It is in {data_dir} itself: give --data_dir={here.parent}."
+            return f"It is in {data_dir} itself: move it to {folders[0]}."
         for child in sorted(data_dir.iterdir()):
             for name in names:
                 if (child / name).is_dir() and holds(child / name):
-                    return f"It is in {child / name}: give --data_dir={child}. "
+                    return f"It is in {child / name}: give --data_dir={child}."
     return ""
 
 
