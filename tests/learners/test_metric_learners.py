@@ -21,7 +21,9 @@ from maml.training.adam import TorchAdam
 from maml.training.layerwise import LayerwiseSGD
 from maml.training.outer_loop import OuterLoop
 from maml.training.task_map import TaskMap
-from tests.parity_cases import Case, known, metric
+from tests.parity_cases import Case, metric
+from tests.parity_learners import errors as parity_errors
+from tests.parity_learners import known
 
 import keras  # isort: skip
 import tensorflow as tf  # isort: skip
@@ -114,7 +116,7 @@ def test_every_family_has_a_fixture():
 
 @pytest.mark.parametrize("name", IN_THE_GATE)
 def test_the_original_computes_the_same(name):
-    errors = known(FIXTURES)[name]()
+    errors = parity_errors(FIXTURES, name)
     assert len(errors) > 60
     # What has no true gradient, and moving means that carry it, drift by rounding.
     allowed = {quantity: 1e-6 if quantity.endswith(")") else 1e-9 for quantity in errors}
