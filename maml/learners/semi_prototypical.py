@@ -238,11 +238,11 @@ class SemiPrototypical(Metric):
         squares = [tf.reduce_sum(tf.square(theta[i])) for i in self._kernels]
         decay = self.weight_decay / 2 * tf.add_n(squares) if squares else tf.zeros_like(measures["loss"])
         named = {f"query_{name}": value for name, value in measures.items()}
-        return measures["loss"] + decay, named | {"weight_decay": decay}, moved
+        return measures["loss"] + decay, named | {"query_decay": decay}, moved
 
     def measure_specs(self) -> dict[str, tf.TensorSpec]:
         """Those on the query set, and the weight decay's part of the loss."""
-        return super().measure_specs() | {"weight_decay": tf.TensorSpec((), self.dtype)}
+        return super().measure_specs() | {"query_decay": tf.TensorSpec((), self.dtype)}
 
 
 def _mask_variables(dtype: str) -> list[keras.Variable]:

@@ -414,7 +414,7 @@ def semisup(case: Case) -> Errors:
         group = "derived64/paper/grad/"
         errors |= gradient_errors(case, paper, of_paper, raw_gradient(paper, episode), group)
     errors |= trained(
-        case, algorithm, ExactAdam(1e-3), variables, episode, measured=("query_loss", "weight_decay")
+        case, algorithm, ExactAdam(1e-3), variables, episode, measured=("query_loss", "query_decay")
     )
     assign(variables, case.group("f64/step3/"))
     return errors | at_test("f64/eval3/")
