@@ -235,6 +235,7 @@ LEARNERS: Mapping[str, Learner] = {
             "refine",
             "refine_form",
             "refine_steps",
+            "loss_after",
             "num_unlabeled",
             "test_num_unlabeled",
             "num_distractors",

@@ -8,6 +8,7 @@ import pytest
 
 from maml.episodes import Episode, SemiSupervisedEpisode
 from maml.errors import UserError
+from maml.learners.base import Adaptation
 from maml.learners.matching import Matching
 from maml.learners.metric import Halved, Metric
 from maml.learners.prototypical import Prototypical
@@ -46,7 +47,7 @@ LEARNERS: dict[str, Callable[..., Metric]] = {
     "prototypical": Prototypical,
     "prototypical, cosine": lambda *a, **k: Prototypical(*a, distance="cosine", **k),
     "kmeans": lambda *a, **k: SemiPrototypical(*a, refine="kmeans", refine_form="paper", **k),
-    "cluster": lambda *a, **k: SemiPrototypical(*a, refine="cluster", refine_steps=2, **k),
+    "cluster": lambda *a, **k: SemiPrototypical(*a, refine="cluster", loss_after="all", refine_steps=2, **k),
     "cluster, paper": lambda *a, **k: SemiPrototypical(*a, refine="cluster", refine_form="paper", **k),
     "mask": lambda *a, **k: SemiPrototypical(*a, refine="mask", refine_steps=2, **k),
     "matching": Matching,
@@ -100,6 +101,11 @@ def outer_of(algorithm: Metric, **mapping) -> OuterLoop:
     return OuterLoop(algorithm, TorchAdam(1e-2), TaskMap(**mapping))
 
 
+def evaluated(algorithm: Metric, batch: Episode, transductive: bool = True) -> Adaptation:
+    """`Algorithm.evaluate` after 0 steps, not compiled, which would take longer than running it does."""
+    return algorithm._evaluate(batch, tf.constant(0), transductive)
+
+
 def close(found: object, expected: object, rtol: float = 1e-9) -> None:
     for a, b in zip(tf.nest.flatten(found), tf.nest.flatten(expected), strict=True):
         np.testing.assert_allclose(a, b, rtol=rtol, atol=1e-10)
@@ -144,9 +150,9 @@ def test_the_gradient_is_the_finite_difference(name):
     gradient = algorithm.task_gradient(theta, episode).gradient
     rng = np.random.default_rng(1)
     along = [rng.normal(size=weight.shape) for weight in theta]
-    loss = tf.function(lambda *shifted: algorithm.task_loss(list(shifted), episode)[0], autograph=False)
     after, before = (
-        loss(*[w + sign * 1e-6 * d for w, d in zip(theta, along, strict=True)]) for sign in (1, -1)
+        algorithm.task_loss([w + sign * 1e-6 * d for w, d in zip(theta, along, strict=True)], episode)[0]
+        for sign in (1, -1)
     )
     slope = sum(np.sum(g * d) for g, d in zip(gradient, along, strict=True))
     np.testing.assert_allclose((after - before) / 2e-6, slope, rtol=1e-6, atol=1e-8)
@@ -163,7 +169,7 @@ def test_relabeling_the_classes_changes_nothing_but_the_order_of_the_outputs(nam
     )
     theta = algorithm.weights()
     close(algorithm.task_gradient(theta, one(renamed)), algorithm.task_gradient(theta, one(batch)), 1e-7)
-    before, after = (algorithm.evaluate(episode, tf.constant(0)) for episode in (batch, renamed))
+    before, after = (evaluated(algorithm, episode) for episode in (batch, renamed))
     close((after.support, after.query), (before.support, before.query))
     columns = [*order, *range(WAY, before.predictions.shape[-1])]  # a distractor cluster stays the last
     close(tf.gather(after.predictions, columns, axis=-1), before.predictions)
@@ -174,21 +180,19 @@ def test_relabeling_the_classes_changes_nothing_but_the_order_of_the_outputs(nam
 )
 def test_chunks_of_tasks_agree(name):
     algorithm, batch = learner(name), episodes(name, 3)
-    results = [
-        tf.function(outer_of(algorithm, tasks_per_chunk=chunk).gradient, autograph=False)(batch)
-        for chunk in (None, 2)
-    ]
+    results = [outer_of(algorithm, tasks_per_chunk=chunk).gradient(batch) for chunk in (None, 2)]
     assert results[0].state
     close(results[1], results[0])
 
 
-@pytest.mark.parametrize("name", ["prototypical", "relation", "siamese, balanced"])
+@pytest.mark.parametrize("name", ["prototypical", "relation"])
 def test_tasks_in_one_batch_under_xla_agree_with_one_by_one(name):
     batch = episodes(name, 3)
     results = []
     for shape in (False, True):
         outer = outer_of(learner(name, train_num_classes=WAY), vectorize=shape, jit_compile=shape)
-        results.append(tf.function(outer.gradient, jit_compile=shape, autograph=False)(batch))
+        gradient = tf.function(outer.gradient, jit_compile=True, autograph=False) if shape else outer.gradient
+        results.append(gradient(batch))
     close(results[1], results[0], 1e-8)
 
 
@@ -197,27 +201,27 @@ def test_tasks_in_one_batch_under_xla_agree_with_one_by_one(name):
 
 def trained(algorithm: Metric, batch: Episode, updates: int) -> np.ndarray:
     """Updates on one meta-batch; returns the losses before each."""
-    block = tf.nest.map_structure(lambda rows: tf.stack([rows] * updates), batch)
-    measures = outer_of(algorithm).block(block, tf.constant(0), tf.constant(updates))
-    assert not measures["skipped"].numpy().any()
-    return measures["query_loss"].numpy()
+    outer = outer_of(algorithm)
+    measures = [outer.meta_step(batch) for _ in range(updates)]
+    assert not any(of_one["skipped"] for of_one in measures)
+    return np.array([of_one["query_loss"] for of_one in measures])
 
 
 @pytest.mark.parametrize("name", LEARNERS)
 def test_it_learns_and_all_it_has_learned_is_saved_and_restored(name, tmp_path):
     algorithm, batch = learner(name), episodes(name, 2)
-    losses = trained(algorithm, batch, 5)
+    losses = trained(algorithm, batch, 3)
     assert losses[-1] < losses[0]
     # As a run's folder has it.
     own = [*algorithm.extra_variables, *algorithm.state_variables]
     saved = tf.train.Checkpoint(network=algorithm.network, learner=tf.train.Checkpoint(own=own))
     path = saved.write(str(tmp_path / "model"))
     fresh = learner(name)
-    before = fresh.evaluate(batch, tf.constant(0))
+    before = evaluated(fresh, batch)
     own = [*fresh.extra_variables, *fresh.state_variables]
     there = tf.train.Checkpoint(network=fresh.network, learner=tf.train.Checkpoint(own=own))
     there.read(path).assert_consumed()
-    after, expected = (a.evaluate(batch, tf.constant(0)) for a in (fresh, algorithm))
+    after, expected = (evaluated(a, batch) for a in (fresh, algorithm))
     close(after, expected)
     assert np.abs(before.predictions - after.predictions).max() > 1e-4
 
@@ -250,7 +254,7 @@ def moves(algorithm: Metric, batch: Episode, transductive: bool) -> bool:
     last = batch.query_x.numpy()
     last[:, 1:] += 1
     other = batch._replace(query_x=tf.constant(last))
-    found = [algorithm.evaluate(b, tf.constant(0), transductive).predictions[0, 0, 0] for b in (batch, other)]
+    found = [evaluated(algorithm, b, transductive).predictions[0, 0, 0] for b in (batch, other)]
     return bool(np.abs(found[0] - found[1]).max() > 1e-9)
 
 
@@ -288,13 +292,13 @@ def test_prototypes_are_the_means_of_their_class_and_distances_are_summed():
 def test_unlabeled_examples_where_there_are_none_refine_nothing():
     plain, refining = learner("prototypical"), learner("mask")
     batch = episodes("prototypical", 1)
-    close(refining.evaluate(batch, tf.constant(0)), plain.evaluate(batch, tf.constant(0)))
+    close(evaluated(refining, batch), evaluated(plain, batch))
 
 
 def test_one_sided_cosine_can_be_sure_where_the_cosine_cannot():
     batch = episodes("matching", 4)
     bounded, free = (
-        np.exp(learner(name).evaluate(batch, tf.constant(0)).predictions).max()
+        np.exp(evaluated(learner(name), batch).predictions).max()
         for name in ("matching", "matching, one-sided")
     )
     assert bounded <= np.e**2 / (np.e**2 + WAY - 1) < free
