@@ -1,4 +1,7 @@
-"""Installs `maml`: the library, and the command of the same name."""
+"""Installs `maml`: the library, and the command of the same name.
+
+The distribution is called `maml-keras`: on PyPI, `maml` is another project (materials science).
+"""
 
 import pathlib
 import re
@@ -9,7 +12,7 @@ HERE = pathlib.Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+?)"', (HERE / "maml" / "__init__.py").read_text()).group(1)
 
 setuptools.setup(
-    name="maml",
+    name="maml-keras",
     version=VERSION,
     description="Model-agnostic meta-learning (Finn, Abbeel & Levine, ICML 2017) in TensorFlow 2 and Keras 3",
     long_description=(HERE / "README.md").read_text(encoding="utf-8"),
@@ -25,9 +28,12 @@ setuptools.setup(
         "Development Status :: 4 - Beta",
         "Environment :: Console",
         "Intended Audience :: Science/Research",
+        "Operating System :: MacOS",
         "Operating System :: POSIX :: Linux",
         "Programming Language :: Python :: 3 :: Only",
         "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
         "Typing :: Typed",
     ],
@@ -41,18 +47,18 @@ setuptools.setup(
     install_requires=[
         "absl-py>=2",
         "filelock>=3.20.1",
-        "importlib_resources",  # tensorflow-datasets 4.9.10 uses it without asking for it
-        "keras>=3.10",
+        "importlib_resources>=6",  # tensorflow-datasets 4.9.10 uses it without asking for it
+        "keras>=3.12",
         "matplotlib>=3.8",
         "numpy>=1.26",
         "pillow>=10.1",
         "tensorboard>=2.20",
-        "tensorflow>=2.20",
+        "tensorflow>=2.21",
         "tensorflow-datasets>=4.9.7",
         "tqdm>=4.66",
     ],
     extras_require={
-        "test": ["hypothesis>=6", "pytest>=8", "pytest-benchmark>=5", "pytest-xdist>=3", "ruff==0.17.5"]
+        "test": ["hypothesis>=6", "pytest>=8", "pytest-benchmark>=5", "pytest-xdist>=3.1", "ruff==0.17.5"]
     },
     entry_points={"console_scripts": ["maml=maml.commands.runner:main"]},
 )
