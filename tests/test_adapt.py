@@ -13,6 +13,7 @@ import tensorflow as tf
 from PIL import Image
 
 from maml.commands import adapt
+from maml.commands.photographs import network_settings
 from maml.datasets.images import decode
 from maml.datasets.user_images import Photographs, Reader, natural
 from maml.episodes import Episode
@@ -85,7 +86,7 @@ def random_photographs(labels: list[int], seed: int, channels: int = 3) -> Photo
 
 
 def test_published_weights_predict_as_the_learner_on_the_same_episode(photographs, published):
-    settings = adapt.network_settings(None, str(published), ["--test_num_updates=3"])
+    settings = network_settings(None, str(published), ["--test_num_updates=3"])
     shape = settings.input_shape
     read = Reader(functools.partial(decode.decode_photograph, side=84), shape)
     classes, support = read.support(photographs / "support", 5)
@@ -122,7 +123,7 @@ def test_outputs_without_a_class_have_no_part_in_loss_or_gradient():
 
     With batch norm over the query set, where the test above has it by the support set's statistics.
     """
-    settings = adapt.network_settings(None, "random", [*SMALL, "--update_lr=0.1"])
+    settings = network_settings(None, "random", [*SMALL, "--update_lr=0.1"])
     network, _ = trained_network(settings, from_run=False)
     support, query = random_photographs([0, 1, 1, 2, 2, 2], 0), random_photographs([0, 1], 1)
     found = adapt.adapt(network, settings, support, query, way=3, transductive=True)
@@ -149,11 +150,11 @@ def test_outputs_without_a_class_have_no_part_in_loss_or_gradient():
 
 
 def test_adaptation_that_diverges_is_said():
-    settings = adapt.network_settings(None, "random", [*SMALL, "--norm=None"])
+    settings = network_settings(None, "random", [*SMALL, "--norm=None"])
     settings = dataclasses.replace(settings, update_lr=1e30)
     network, _ = trained_network(settings, from_run=False)
     images = random_photographs([0, 1], 0)
-    with pytest.raises(Failure, match=r"not finite after \d steps of α = 1e\+30\. A smaller --update_lr"):
+    with pytest.raises(Failure, match=r"not finite after \d steps of α = 1e\+30\. Try a smaller --update_lr"):
         adapt.adapt(network, settings, images, images, way=2)
 
 
@@ -167,7 +168,7 @@ def test_a_run_of_omniglot_takes_colour_photographs(tmp_path, monkeypatch):
     folder.save()
     folder.end()
 
-    settings = adapt.network_settings(str(folder.dir), None, ["--test_num_updates=2"])
+    settings = network_settings(str(folder.dir), None, ["--test_num_updates=2"])
     network, iteration = trained_network(settings, from_run=True)
     assert iteration == 7
     for own, saved in zip(network.trainable_variables, learner.network.trainable_variables, strict=True):
@@ -271,15 +272,23 @@ def test_bad_images_can_be_left_out_but_not_all_of_a_class(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("run", "init_from", "message"),
     [
-        (None, None, "found neither --run nor --init_from, needed one trained network"),
-        ("a", "b", "found both --run and --init_from"),
-        ("{}/empty", None, "found no flags in it, needed a run folder"),
-        ("{}/cls_5.mbs_25.ubs_5.numstep1.updatelr0.001nonorm", None, "a run of the sinusoid, needed one of"),
-        ("{}/cls_5.mbs_32.ubs_5.numstep1.updatelr0.4batchnorm", None, "found no checkpoint in it"),
+        (None, None, "expected one trained network, got neither --run nor --init_from"),
+        ("a", "b", "got both --run and --init_from"),
+        ("{}/empty", None, "expected a run folder .* got none"),
+        (
+            "{}/cls_5.mbs_25.ubs_5.numstep1.updatelr0.001nonorm",
+            None,
+            "expected a run of images, got one of sinusoid",
+        ),
+        (
+            "{}/cls_5.mbs_32.ubs_5.numstep1.updatelr0.4batchnorm",
+            None,
+            "expected a checkpoint in it, got none",
+        ),
         (
             None,
             "{}/cls_5.mbs_32.ubs_5.numstep1.updatelr0.4batchnorm",
-            "found a run folder. Give it as --run=",
+            "got a run folder. Use --run=",
         ),
     ],
 )
@@ -288,7 +297,7 @@ def test_what_is_no_network_for_images_is_refused(run, init_from, message, tmp_p
         folder = parse([f"--datasource={datasource}", f"--logdir={tmp_path}"]).run_dir
         written(folder, {"flags": f"--datasource={datasource}".encode()})
     with pytest.raises(UserError, match=message):
-        adapt.network_settings(*(name and name.format(tmp_path) for name in (run, init_from)), [])
+        network_settings(*(name and name.format(tmp_path) for name in (run, init_from)), [])
 
 
 # --- What is written ----------------------------------------------------------------------------------
@@ -381,9 +390,9 @@ def test_the_command_from_photographs_to_pictures(photographs, tmp_path):
     flags = [f"--{name}={tmp_path / name}" for name in ("support", "query", "out")]
     flags += ["--init_from=random", *SMALL, "--update_lr=0.5"]
     # The bad image is found before TensorFlow is imported, which takes seconds.
-    look = "import sys; from maml import adapt; import atexit; "
-    look += "atexit.register(lambda: print('tensorflow' in sys.modules)); adapt.run()"
-    refused = python("-c", look, *flags, expect=2)
+    look = "import atexit, sys; from maml.commands import runner; "
+    look += "atexit.register(lambda: print('tensorflow' in sys.modules)); runner.main()"
+    refused = python("-c", look, "adapt", *flags, expect=2)
     assert refused.stdout == "False\n" and "bad.png (not an image)" in refused.stderr
     assert not (tmp_path / "out").exists()
     done = python("-m", "maml", "adapt", *flags, "--skip_bad_images")
@@ -409,8 +418,8 @@ def test_the_command_from_photographs_to_pictures(photographs, tmp_path):
 
 def test_a_forgotten_flag_is_named():
     for flags, message in (
-        ((), "found no --support, needed a folder"),
-        (("--support=", "--query=x"), "needed a path"),
+        ((), "expected --support, got none. It is the folder"),
+        (("--support=", "--query=x"), "expected a path"),
     ):
         done = python("-m", "maml", "adapt", *flags, expect=2)
         assert message in done.stderr and len(done.stderr.splitlines()) == 1

@@ -67,7 +67,7 @@ def test_default_run_is_quiet_and_ends_with_a_table(trained):
     assert done.stderr == ""
     lines = done.stdout.splitlines()
     assert [line[:13].strip() for line in lines[1:6]] == [
-        "inner loop", "outer loop", "the paper's", "run folder", "network",
+        "inner loop", "outer loop", "defaults", "run folder", "network",
     ]  # fmt: skip
     assert "norm=None, num_updates=1" in lines[3] and lines[5].endswith("1,761 weights")
     assert lines[-1] == f"curves and pictures: tensorboard --logdir={trained[0] / SINUSOID}"
@@ -159,8 +159,8 @@ def test_testing_a_checkpoint_by_iteration(trained):
         (("--resume=False",), "holds a run of 350 iterations"),
         (("--num_query=7", "--num_classes=1"), "num_classes"),
         (("--datasource=omniglot", "--data_dir=/nowhere"), "images_background.zip not found"),
-        (("stray",), "found stray"),
-        (("--baseline=oracle", "--datasource=omniglot"), "only the sinusoid"),
+        (("stray",), "got stray"),
+        (("--baseline=oracle", "--datasource=omniglot"), "only the sinusoid does"),
         (("--test_num_updates=0",), "test_num_updates"),
     ],
 )

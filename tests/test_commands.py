@@ -9,6 +9,7 @@ import pytest
 import tensorflow as tf
 from PIL import Image
 
+from maml import tables
 from maml.datasets.image_classes import ClassImages, ImageClasses
 from maml.episodes import EpisodeSpec
 from maml.reports import episode_pictures
@@ -55,21 +56,21 @@ def test_prepare_then_show(photographs, tmp_path):
 @pytest.mark.parametrize(
     ("module", "arguments", "message"),
     [
-        ("prepare", (), "found nothing, needed one data set"),
-        ("prepare", ("cifar",), "found cifar, needed one of miniimagenet, omniglot, folder"),
+        ("prepare", (), "expected one data set"),
+        ("prepare", ("cifar",), "expected one of omniglot, miniimagenet, folder"),
         (
             "prepare",
             ("miniimagenet", "--data_dir=/nowhere"),
             "Put there one of: ILSVRC2012_img_train.tar",
         ),
-        ("show_episodes", ("--out=episodes.jpg",), "needed the name of a PNG file"),
+        ("show_episodes", ("--out=episodes.jpg",), "expected the name of a PNG file"),
         ("show_episodes", ("--out=/nowhere/episodes.png",), "in a folder that exists"),
         ("show_episodes", ("--episodes=0",), "episodes"),
-        ("show_episodes", ("stray",), "found stray"),
+        ("show_episodes", ("stray",), "got stray"),
     ],
 )
 def test_mistakes_get_one_line_and_exit_code_2(module, arguments, message, tmp_path):
-    done = forked.run("-m", module, *arguments, expect=2, MAML_CACHE_DIR=str(tmp_path))
+    done = forked.run("-m", "maml", module, *arguments, expect=2, MAML_CACHE_DIR=str(tmp_path))
     assert len(done.stderr.strip().splitlines()) == 1
     assert message in done.stderr
 
@@ -114,7 +115,7 @@ def test_a_new_run_shows_its_first_episodes(change, shown):
     images = np.zeros((3, 2, 8, 8, 3), np.uint8)
     splits = {split: ClassImages.in_memory(images[:n]) for split, n in dict(train=3, val=3, test=2).items()}
     flags = dict(datasource="folder", num_classes=3, update_batch_size=1, num_query=1, test_num_query=1)
-    flags |= dict(seed=0, log=True, classification=True)
+    flags |= dict(seed=0, log=True, classification=True, dataset=tables.DATASETS["folder"], own={})
     settings = types.SimpleNamespace(**flags | change)
     written = {}
 

@@ -123,5 +123,5 @@ def test_a_prepared_folder_runs_no_code(tmp_path, monkeypatch):
     "name", ["tfds:", "tfds:NAME", "tfds:../x", "tfds:a:b", "imagenet", "a-b:c", "os.system"]
 )
 def test_a_name_that_can_be_no_data_set_is_refused(name):
-    with pytest.raises(UserError, match=r"datasource.*needed one of .*tfds:NAME, or module:function"):
+    with pytest.raises(UserError, match=r"datasource.*expected one of .*tfds:NAME, or module:attribute"):
         parse([f"--datasource={name}"])

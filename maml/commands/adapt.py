@@ -1,6 +1,7 @@
 """Classifies a user's own photographs by a trained network, adapted to a few of each class."""
 
 import dataclasses
+import pathlib
 
 import keras
 import numpy as np
@@ -10,12 +11,16 @@ from maml.commands.photographs import Request
 from maml.datasets.user_images import Photographs
 from maml.episodes import Episode
 from maml.errors import Failure
+from maml.learners.base import Algorithm
 from maml.learners.losses import LossFunction
 from maml.learners.maml import Maml
-from maml.reports import predictions
+from maml.learners.metric import BATCH, Metric, flat
+from maml.learners.prototypical import Prototypical
+from maml.networks.stateless import backbone_of
+from maml.reports import embedding, predictions
 from maml.reports.predictions import Predictions
 from maml.runs import build
-from maml.runs.load import trained_network
+from maml.runs.load import trained
 from maml.settings.settings import RANDOM, Settings
 from maml.training import devices
 
@@ -24,26 +29,29 @@ AT_ONCE = 100  # query images, where a prediction does not depend on the others
 
 def classify(request: Request) -> None:
     """Adapts the network that is asked for, predicts, and prints and writes what there is to see."""
-    settings, classes, support, query, out, transductive, from_run = request
+    settings, classes, support, query, out, transductive, from_run, prototypes = request
     # One task at a time, so that all cores work on it.
     device = devices.use(dataclasses.replace(settings, tasks_per_chunk=1)).description
-    network, iteration = trained_network(settings, from_run=from_run)
+    algorithm, iteration = trained(settings, from_run=from_run)
     weights = "untrained weights" if settings.init_from == RANDOM else settings.init_from
     if from_run:
         weights = f"{settings.run_dir}, iteration {iteration}"
     print(
         f"maml adapt: {len(classes)} classes, {len(support.names)} support and {len(query.names)} query "
-        f"photographs, on {device}\nnetwork: {weights}; α {settings.update_lr:g}, "
-        f"{settings.test_num_updates} steps"
+        f"photographs, on {device}\nnetwork: {weights}; {_method(settings, prototypes)}"
     )
-    print("\n".join(remarks(settings, len(classes), support, query, transductive)), flush=True)
-    made = adapt(network, settings, support, query, way=len(classes), transductive=transductive)
+    print("\n".join(remarks(settings, len(classes), support, query, transductive, prototypes)), flush=True)
+    algorithm = adapting(algorithm, settings, support, way=len(classes), prototypes=prototypes)
+    steps = 0 if isinstance(algorithm, Metric) else settings.tested_steps
+    made = adapt(algorithm, support, query, steps=steps, transductive=transductive)
     final = made.probabilities[-1]
     print(f"\n{predictions.table(classes, query, final)}\n\n{predictions.step_table(made, query.labels)}")
     if query.labels is not None:
         print(predictions.accuracy(final.argmax(-1), query.labels))
-    predictions.write(out, classes, support, query, made)
-    print(f"wrote {predictions.CSV}, {predictions.SHEET}, {predictions.STEPS} in {out}")
+    written = predictions.write(out, classes, support, query, made)
+    if isinstance(algorithm, Metric):
+        written += _write_embedding(out, classes, algorithm, support, query, final)
+    print(f"wrote {', '.join(written)} in {out}")
 
 
 def first_outputs(network: keras.Model, settings: Settings, way: int) -> keras.Model:
@@ -70,36 +78,49 @@ def class_means(counts: np.ndarray) -> LossFunction:
     return loss
 
 
-def adapt(
-    network: keras.Model,
-    settings: Settings,
-    support: Photographs,
-    query: Photographs,
-    *,
-    way: int,
-    transductive: bool = False,
-) -> Predictions:
-    """Adapts the network to labelled photographs, for `test_num_updates` steps, and predicts others.
+def adapting(
+    trained: Algorithm, settings: Settings, support: Photographs, *, way: int, prototypes: bool
+) -> Algorithm:
+    """The algorithm that classifies the photographs; `trained` stays as it is.
 
     Args:
-        network: of `settings.num_classes` outputs, at least `way`; stays as it is.
-        settings: of the network.
+        trained: with its weights.
+        settings: of it.
         support: with labels in 0…way−1; the numbers per class may differ.
+        way: N, the classes: for MAML, at most the network's outputs.
+        prototypes: the features of the network, without its head, as those of a prototypical network, batch
+            norm by the support set's statistics.
+    """
+    if isinstance(trained, Metric):
+        return trained
+    scale = settings.dataset.scale
+    if prototypes:
+        return Prototypical(backbone_of(trained.network), test_statistics=BATCH, scale=scale)
+    return Maml(
+        first_outputs(trained.network, settings, way),
+        class_means(np.bincount(support.labels)),
+        inner_lr=settings.update_lr,
+        classification=True,
+        scale=scale,
+    )
+
+
+def adapt(
+    learner: Algorithm, support: Photographs, query: Photographs, *, steps: int, transductive: bool = False
+) -> Predictions:
+    """Adapts to labeled photographs and predicts others, after 0…`steps` inner steps.
+
+    Args:
+        learner: see `adapting`.
+        support: with labels.
         query: any number.
-        way: N, the classes.
+        steps: inner steps.
         transductive: batch norm of the query set by its own statistics; False: by the support set's.
 
     Raises:
         Failure: if the support loss is not finite.
     """
-    learner = Maml(
-        first_outputs(network, settings, way),
-        class_means(np.bincount(support.labels)),
-        inner_lr=settings.update_lr,
-        classification=True,
-        scale=settings.dataset.scale,
-    )
-    n, steps = len(query.pixels), tf.constant(settings.test_num_updates)
+    n = len(query.pixels)
     part = n if transductive else min(n, AT_ONCE)
     outputs = []
     for begin in range(0, n, part):
@@ -107,27 +128,69 @@ def adapt(
         unknown = np.zeros(part, np.int32)
         episode = Episode(support.pixels, support.labels, query.pixels[rows], unknown)
         found = learner.evaluate(
-            tf.nest.map_structure(lambda x: tf.constant(x)[tf.newaxis], episode), steps, transductive
+            tf.nest.map_structure(lambda x: tf.constant(x)[tf.newaxis], episode),
+            tf.constant(steps),
+            transductive,
         )
         outputs.append(found.predictions[0].numpy().astype(np.float64))
     logits = np.concatenate(outputs, axis=1)[:, :n]
     loss = found.support["loss"][0].numpy()
     if not (np.isfinite(loss).all() and np.isfinite(logits).all()):
         raise Failure(
-            f"the loss is not finite after {int(np.argmin(np.isfinite(loss)))} steps of α = "
-            f"{settings.update_lr:g}. Try a smaller --update_lr or fewer --test_num_updates."
+            f"the loss is not finite after {int(np.argmin(np.isfinite(loss)))} steps. Try a smaller "
+            f"--update_lr or fewer --test_num_updates."
         )
     odds = np.exp(logits - logits.max(-1, keepdims=True))
     return Predictions(loss, odds / odds.sum(-1, keepdims=True))
 
 
+def _method(settings: Settings, prototypes: bool) -> str:
+    if not settings.tested_steps:
+        return f"{settings.learner}, no steps"
+    if prototypes:
+        return "prototypes of its features, no steps"
+    return f"α {settings.update_lr:g}, {settings.tested_steps} steps"
+
+
+def _write_embedding(
+    out: pathlib.Path,
+    classes: tuple[str, ...],
+    learner: Metric,
+    support: Photographs,
+    query: Photographs,
+    final: np.ndarray,
+) -> list[str]:
+    """Draws what the learner makes of the photographs, and writes it for TensorBoard's projector."""
+    empty = np.zeros(1, np.int32)
+    episode = learner.to_floating(
+        Episode(tf.constant(support.pixels), empty, tf.constant(query.pixels), empty)
+    )
+    theta = learner.weights()
+    vectors = [
+        flat(learner.embedded(theta, x, episode.support_x)).numpy()
+        for x in (episode.support_x, episode.query_x)
+    ]
+    guesses = final.argmax(-1)
+    embedding.draw(out / embedding.PICTURE, classes, vectors[0], support.labels, vectors[1], guesses)
+    rows = [("photograph", "set", "class")]
+    rows += [(name, "support", classes[c]) for name, c in zip(support.names, support.labels, strict=True)]
+    rows += [(name, "query", classes[c]) for name, c in zip(query.names, guesses, strict=True)]
+    embedding.write_projector(out / embedding.PROJECTOR, np.concatenate(vectors), rows)
+    return [embedding.PICTURE, f"{embedding.PROJECTOR}/ (tensorboard --logdir)"]
+
+
 def remarks(
-    settings: Settings, way: int, support: Photographs, query: Photographs, transductive: bool
+    settings: Settings,
+    way: int,
+    support: Photographs,
+    query: Photographs,
+    transductive: bool,
+    by_prototypes: bool = False,
 ) -> list[str]:
     """What one should know of how the photographs are read and the predictions made."""
     said: list[str] = []
     side = f"{settings.img_size}×{settings.img_size} pixels"
-    if way < settings.num_classes:
+    if way < settings.num_classes and settings.tested_steps and not by_prototypes:
         said.append(
             f"{way} classes for {settings.num_classes} outputs: the first {way} are used, the others are "
             f"left out of loss and softmax"
@@ -137,7 +200,7 @@ def remarks(
             "batch norm over the query set: photographs are judged together, well only where all classes "
             "are there in about equal numbers (--notransductive: each by itself)"
         )
-    elif settings.norm == "batch_norm":
+    elif settings.norm == "batch_norm" and settings.tested_steps:
         said.append(
             "batch norm by the support set's statistics: each photograph is judged by itself "
             "(--transductive: together, better only where all classes are there in about equal numbers)"

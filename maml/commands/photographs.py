@@ -28,6 +28,7 @@ class Request(NamedTuple):
         out: folder of the results.
         transductive: batch norm of the query set by its own statistics; False: by the support set's.
         from_run: the network is that of a run folder, not of a checkpoint.
+        prototypes: classify by the nearest class mean of the features of a network that takes inner steps.
     """
 
     settings: Settings
@@ -37,6 +38,7 @@ class Request(NamedTuple):
     out: pathlib.Path
     transductive: bool
     from_run: bool
+    prototypes: bool = False
 
 
 def read(_: list[str]) -> Request:
@@ -53,10 +55,12 @@ def read(_: list[str]) -> Request:
     reader = Reader(
         functools.partial(read, side=settings.img_size), settings.input_shape, FLAGS.skip_bad_images
     )
-    classes, support = reader.support(folders[0], settings.num_classes)
+    by_outputs = settings.tested_steps and not FLAGS.prototypes
+    classes, support = reader.support(folders[0], settings.num_classes if by_outputs else None)
     query = reader.query(folders[1], classes)
-    transductive = FLAGS.transductive and settings.norm == "batch_norm"
-    return Request(settings, classes, support, query, out, transductive, FLAGS.run is not None)
+    transductive = FLAGS.transductive and settings.norm == "batch_norm" and bool(by_outputs)
+    from_run, prototypes = FLAGS.run is not None, bool(settings.tested_steps) and FLAGS.prototypes
+    return Request(settings, classes, support, query, out, transductive, from_run, prototypes)
 
 
 def network_settings(run: str | None, init_from: str | None, given: list[str]) -> Settings:

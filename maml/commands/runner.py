@@ -1,5 +1,6 @@
 """The frame of every command: flags in, one line per mistake, an exit code out; and interruptions."""
 
+import contextlib
 import faulthandler
 import functools
 import importlib
@@ -51,7 +52,8 @@ def run(command: Command, arguments: Sequence[str], *, named: bool = True) -> No
         raise Terminated
 
     signal.signal(signal.SIGTERM, terminated)
-    faulthandler.enable()
+    with contextlib.suppress(RuntimeError, OSError):  # where standard error is closed
+        faulthandler.enable()
     with Output.watched():
         sys.exit(_exit_code(command, arguments, named))
 

@@ -80,6 +80,12 @@ or that of a checkpoint, such as the one the paper's authors published (`--init_
                 "classes, if these are known: then the accuracy is shown",
             ),
             Flag("run", None, "run folder of the trained network, instead of --init_from"),
+            Flag(
+                "prototypes",
+                False,
+                "classify by the nearest class mean of the network's features, without steps: any number of "
+                "classes [a metric learner's run does so anyway]",
+            ),
             Flag("out", None, "folder for predictions.csv, predictions.png and steps.png [adapted-QUERY]"),
         ),
         shows=(
@@ -195,6 +201,21 @@ flagfiles that hold the grid too.
             Flag("out", None, "the files without their endings [results/sweeps/NAME]"),
         ),
         interrupted=REPEATABLE,
+    ),
+    "embed": Command(
+        about="embeds the images of a run's data set, for learners on embeddings",
+        usage="""Embeds images: `maml embed RUN --out=embeddings.npz`.
+
+Every image of the run's data set goes through its trained network without the head. The file holds the
+embeddings,
+their classes and splits, as `--datasource=embeddings --data_dir=FILE.npz` takes them for `--learner=leo`.
+""",
+        check="maml.commands.arguments:embed",
+        work="maml.commands.embed:embed",
+        flags=(Flag("out", None, "the .npz file to write [embeddings.npz]"),),
+        shows=("data_dir", "checkpoint", "test_iter"),
+        otherwise="the run's",
+        operands="run folder",
     ),
     "compare": Command(
         about="trains several learners and tests them on the same episodes; one table",

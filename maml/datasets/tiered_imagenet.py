@@ -149,7 +149,7 @@ def _read_images(path: pathlib.Path, needed: int) -> Sequence[np.ndarray]:
     """The array `images`, uint8 [n, 84, 84, 3], or the list of encoded images, each an array of bytes."""
     if path.suffix == ".npz":
         try:
-            with np.load(path, allow_pickle=False) as archive:
+            with np.load(path) as archive:  # which refuses pickled objects
                 images = archive["images"]
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
             raise UserError(f"{path}: expected an array `images`, got an error ({error}). {GET}") from error

@@ -9,9 +9,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from maml.datasets.folder import no_image, photo_classes, without_wrapper
 from maml.datasets.images.archives import ARCHIVES, FileTree, open_tree
 from maml.datasets.images.decode import open_image, read_and_decode, report_bad_images
+from maml.datasets.images.layout import no_image, photo_classes, without_wrapper
 from maml.datasets.images.source import Decode, ImageFile
 from maml.errors import UserError
 
@@ -41,12 +41,12 @@ class Reader(NamedTuple):
     shape: tuple[int, int, int]
     skip_bad_images: bool = False
 
-    def support(self, path: pathlib.Path, most: int) -> tuple[tuple[str, ...], Photographs]:
+    def support(self, path: pathlib.Path, most: int | None) -> tuple[tuple[str, ...], Photographs]:
         """The names of the classes, naturally ordered, and their photographs.
 
         Args:
             path: a folder (.tar, .zip) of a folder per class.
-            most: classes.
+            most: classes; None: any number.
 
         Raises:
             UserError: if these are not from 2 to `most` classes with readable images in each.
@@ -59,11 +59,11 @@ class Reader(NamedTuple):
                 f"--support={path}: found one class ({_listed(classes)}), needed at least 2, a folder of "
                 f"photographs for each. Add a folder."
             )
-        if len(classes) > most:
+        if most is not None and len(classes) > most:
             raise UserError(
                 f"--support={path}: found {len(classes)} classes ({_listed(classes)}), needed at most "
-                f"{most}, as many as the network has outputs. Leave some out, or give a --run that was "
-                f"trained with --num_classes={len(classes)}."
+                f"{most}, as many as the network has outputs. Add --prototypes, which takes any "
+                f"number, or use a --run of a metric learner or of --num_classes={len(classes)}."
             )
         if empty := [name for name in classes if not files[name]]:
             raise UserError(

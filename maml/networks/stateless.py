@@ -131,6 +131,21 @@ def head_of(network: keras.Model) -> keras.layers.Layer:
     return min(holders, key=lambda layer: len(layer.trainable_variables), default=network)
 
 
+def backbone_of(network: keras.Model) -> keras.Model:
+    """The network without its head, its weights shared: from inputs to what the head sees.
+
+    Raises:
+        UserError: if it is no Sequential or functional model whose last layer with weights is its head.
+    """
+    head = head_of(network)
+    if network.layers[-1] is not head or not getattr(network, "inputs", None):
+        raise UserError(
+            f"expected a Sequential or functional model that ends with its head, got {network.name!r}, which "
+            f"ends with {network.layers[-1].name!r}."
+        )
+    return keras.Model(network.inputs, head.input, name=f"{network.name}_backbone")
+
+
 def _folded(seed: keras.Variable, number: int) -> tf.Tensor:
     """A seed as unlike the given one as one drawn at random, and for every number another."""
     folded = tf.random.experimental.stateless_fold_in(

@@ -131,17 +131,25 @@ def out_folder(out: str | None, support: pathlib.Path, query: pathlib.Path) -> p
 
 def write(
     out: pathlib.Path, classes: tuple[str, ...], support: Photographs, query: Photographs, made: Predictions
-) -> None:
-    """Writes the table and the pictures; raises Failure if the disk does not take them."""
+) -> list[str]:
+    """Writes the table and the pictures, with the curve over the steps if there are any; returns their names.
+
+    Raises:
+        Failure: if the disk does not take them.
+    """
+    written = [CSV, SHEET]
     try:
         out.mkdir(exist_ok=True)
         files.write_whole(out / CSV, as_csv(classes, query, made.probabilities[-1]))
         contact_sheet.draw(out / SHEET, classes, support, query, made.probabilities[-1])
-        draw_steps(out / STEPS, made, query.labels)
+        if len(made.support_loss) > 1:
+            draw_steps(out / STEPS, made, query.labels)
+            written.append(STEPS)
     except OSError as error:
         raise Failure(
             f"{out}: cannot write the results ({error.strerror or error}). Give another --out."
         ) from error
+    return written
 
 
 def _clipped(text: str) -> str:

@@ -9,7 +9,7 @@ from maml.learners.base import Algorithm
 from maml.learners.joint import Joint
 from maml.runs.optimizers import meta_optimizer
 from maml.settings.settings import Settings
-from maml.tables import declared, learner, load, network
+from maml.tables import accepted, learner, load, network
 from maml.training.loop import METATRAIN, PRETRAIN, Phase
 from maml.training.outer_loop import OuterLoop
 from maml.training.task_map import TaskMap
@@ -45,7 +45,9 @@ def build_network(settings: Settings, input_shape: tuple[int, ...], dtype: str =
     offered |= kind.network_options(settings)
     outputs = settings.num_classes if settings.classification else source.outputs
     outputs = None if backbone else outputs
-    built = build(input_shape, outputs, **(declared(build, offered) | dict(row.options)))
+    offered |= row.options
+    places = dict(input_shape=input_shape, outputs=outputs)
+    built = build(*places.values(), **accepted(f"--network={settings.network}", build, places, offered))
     if not isinstance(built, keras.Model):
         raise UserError(
             f"--network={settings.network}: expected a Keras model, got {type(built).__name__}. See "

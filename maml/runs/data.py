@@ -6,7 +6,7 @@ from maml.datasets.unlabeled import WithUnlabeled
 from maml.episodes import Episode, EpisodeSource, EpisodeSpec
 from maml.errors import UserError
 from maml.settings.settings import Settings
-from maml.tables import declared, load
+from maml.tables import accepted, load
 
 
 def load_data(settings: Settings) -> EpisodeSource:
@@ -18,10 +18,10 @@ def load_data(settings: Settings) -> EpisodeSource:
         UserError: if the data set is not there or not complete, or does not take a flag that was given.
     """
     function = load(settings.dataset.home)
-    if not callable(function):
-        raise UserError(f"--datasource={settings.datasource}: expected a function, got {function!r:.100}.")
-    request = declared(
+    request = accepted(
+        f"--datasource={settings.datasource}",
         function,
+        {},
         dict(
             name=settings.datasource.removeprefix("tfds:"),
             data_dir=settings.data_dir,

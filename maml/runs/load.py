@@ -6,6 +6,7 @@ import pathlib
 import keras
 import tensorflow as tf
 
+from maml.learners.base import Algorithm
 from maml.learners.library import Learner
 from maml.runs import build
 from maml.runs.data import input_shape
@@ -69,7 +70,13 @@ def _of_pixels(network: keras.Model, scale: float) -> keras.Model:
 
 
 def trained_network(settings: Settings, *, from_run: bool) -> tuple[keras.Model, int]:
-    """The network of the settings with its learned weights, and its iteration.
+    """The network of the settings with its learned weights, and its iteration; see `trained`."""
+    algorithm, iteration = trained(settings, from_run=from_run)
+    return algorithm.network, iteration
+
+
+def trained(settings: Settings, *, from_run: bool) -> tuple[Algorithm, int]:
+    """The algorithm of the settings with its learned weights, and its iteration.
 
     Args:
         settings: of a test.
@@ -80,9 +87,10 @@ def trained_network(settings: Settings, *, from_run: bool) -> tuple[keras.Model,
         UserError: if there are no such weights, or they are those of another network.
     """
     network = build.build_network(settings, input_shape(settings))
-    run = Run(settings, build.build_training(settings, network))
+    phases = build.build_training(settings, network)
+    run = Run(settings, phases)
     if from_run:
         run.restore()
     elif settings.init_from != RANDOM:
         run.begin_from(network)
-    return network, int(run.iteration)
+    return phases[-1].outer.algorithm, int(run.iteration)

@@ -46,15 +46,15 @@ def _check_network(values: Mapping[str, object], present: set[str], data: Datase
         raise UserError(
             "--max_pool: expected a convolutional network, got --noconv. Leave out one of the two."
         )
-    if name is None:
-        return
+    default = name is None
+    name = name or (data.network if conv else "mlp")
     row = network(name)
     if row.images and data.inputs is not None:
         raise UserError(
             f"--network={name}: expected a data set of images, got --datasource={values['datasource']}. Use "
             f"--network=mlp."
         )
-    if data.classification and "conv" in present and conv == (name == "mlp"):
+    if not default and data.classification and "conv" in present and conv == (name == "mlp"):
         raise UserError(
             f"--network={name}: expected no other network, got --{'' if conv else 'no'}conv. Leave out one "
             f"of the two."

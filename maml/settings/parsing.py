@@ -53,6 +53,8 @@ class ExplainingParser(flags.ArgumentParser):
             expected = f"{self._expected()} of at most {LARGEST}"
         elif type(self._parser) is flags.ArgumentParser:
             expected = _expected_path(value)
+        elif self.table and not tables.is_name(self.table, value):  # tfds:NAME stands for others
+            expected = self._expected()
         if expected:
             raise ValueError(f"expected {expected}; {self._advice}")
         return value
@@ -206,7 +208,7 @@ def _expanded(arguments: Iterable[str], above: tuple[str, ...]) -> Iterator[str]
 
 def _or_ours(name: str) -> str:
     """The flagfile that comes along, in the place of one that is not there: `flags/…` does in any folder."""
-    first, _, rest = name.partition("/")
+    first, _, rest = name.replace(os.sep, "/").partition("/")
     ours = os.path.join(flagfiles(), rest)
     return ours if first == FLAGFILES and not os.path.exists(name) and os.path.isfile(ours) else name
 

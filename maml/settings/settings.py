@@ -164,7 +164,12 @@ class Settings:
     train_update_batch_size: int = option(TEST, -1, "K the tested run was trained with, if it differs", -1)
     train_update_lr: float = option(TEST, -1.0, "α the tested run was trained with, if it differs")
 
-    logdir: str = option(FOLDER, "/tmp/data", "folder that holds the run folders")
+    logdir: str = option(
+        FOLDER,
+        "runs",
+        "folder that holds the run folders\n\nIn the current folder, beside adapted images and results. "
+        "The original's is /tmp/data, which a restart empties and other users can write to.",
+    )
     resume: bool = option(FOLDER, True, "resume from the newest checkpoint of this run, if there is one")
     save_interval: int = option(FOLDER, 1000, "iterations between checkpoints (and validations)", 1)
     keep: int | None = option(FOLDER, None, "newest checkpoints to keep, beside the best [all]", 2)
@@ -398,7 +403,9 @@ def _own(values: flags.FlagValues, learner: str, datasource: str) -> tuple[dict,
 
 def as_flagfile(settings: Settings) -> str:
     """The settings as the text of an absl flagfile that repeats the run."""
-    left_out = ("train_update_batch_size", "train_update_lr", "test_iter", "checkpoint")
+    left_out = {"train_update_batch_size", "train_update_lr", "test_iter", "checkpoint"}
+    if settings.img_size == settings.dataset.side:  # which may be less than the flag takes
+        left_out.add("img_size")
     return "".join(
         f"--{name}={str(value).lower() if isinstance(value, bool) else value}\n"
         for name, value in settings.by_flag.items()

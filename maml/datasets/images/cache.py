@@ -109,6 +109,8 @@ def cache_dir() -> pathlib.Path:
 
 def _refuse_open_to_all(folder: pathlib.Path) -> None:
     """Raises UserError if anybody may put images into the cache, where they are taken as they are."""
+    if not hasattr(os, "getuid"):  # on Windows these bits mean nothing: every folder has them
+        return
     if folder.is_dir() and folder.stat().st_mode & stat.S_IWOTH:
         raise UserError(
             f"MAML_CACHE_DIR: found {folder}, to which every user of this machine can write; needed one that "
@@ -322,7 +324,10 @@ def _no_space(name: str, folder: pathlib.Path, needed: int) -> UserError:
 
 def _sync(folder: pathlib.Path) -> None:
     """Makes the folder's entries outlast a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except PermissionError:  # on Windows, where a folder cannot be opened
+        return
     try:
         os.fsync(descriptor)
     finally:

@@ -1,0 +1,78 @@
+"""`maml adapt` by prototypes: any number of classes, and the picture of the embedding."""
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from maml.commands import adapt
+from maml.datasets.user_images import Photographs
+from maml.errors import UserError
+from maml.networks.conv4 import conv4
+from maml.networks.stateless import backbone_of
+from maml.reports import embedding
+from maml.runs.load import trained
+from maml.settings.settings import parse
+
+WAY, SIDE = 7, 20
+FLAGS = ["--datasource=miniimagenet", "--update_batch_size=1", "--train=False", "--init_from=random"]
+SMALL = [*FLAGS, f"--img_size={SIDE}", "--num_filters=4"]
+
+
+def photographs(per_class: int, seed: int) -> Photographs:
+    """Noise around a color of each class."""
+    rng = np.random.default_rng(seed)
+    labels = np.repeat(np.arange(WAY, dtype=np.int32), per_class)
+    colors = np.random.default_rng(9).integers(40, 216, (WAY, 1, 1, 3))[labels]
+    pixels = np.clip(colors + rng.integers(-40, 40, (len(labels), SIDE, SIDE, 3)), 0, 255).astype(np.uint8)
+    names = tuple(f"{label}/{i}.png" for i, label in enumerate(labels))
+    return Photographs(names, pixels, labels, tuple(name.encode() for name in names), 0)
+
+
+def test_more_classes_than_outputs_are_classified_by_the_nearest_class_mean():
+    settings = parse(SMALL)
+    support, query = photographs(3, 0), photographs(5, 1)
+    algorithm, _ = trained(settings, from_run=False)
+    assert algorithm.network.output_shape == (None, 5)
+    learner = adapt.adapting(algorithm, settings, support, way=WAY, prototypes=True)
+    found = adapt.adapt(learner, support, query, steps=0).predictions[-1]
+
+    features = backbone_of(algorithm.network)
+    x, q = (tf.cast(part.pixels, tf.float32) / 255 for part in (support, query))
+    for layer in features.layers[1:]:
+        if type(layer).__name__ == "BatchNorm":
+            # The support set's, for both sets.
+            mean, variance = tf.reduce_mean(x, (0, 1, 2)), tf.math.reduce_variance(x, (0, 1, 2))
+            x, q = ((part - mean) / tf.sqrt(variance + layer.epsilon) + layer.beta for part in (x, q))
+        else:
+            x, q = layer(x), layer(q)
+    prototypes = np.stack([x.numpy()[support.labels == c].mean(0) for c in range(WAY)])
+    by_hand = ((q.numpy()[:, None] - prototypes) ** 2).sum(-1).argmin(-1)
+    np.testing.assert_array_equal(found, by_hand)
+    assert (found == query.labels).mean() > 0.5  # chance: 1 of 7
+
+
+def test_a_network_that_does_not_end_with_its_head_has_no_backbone():
+    features = conv4((SIDE, SIDE, 3), None, filters=4, max_pool=True, flatten=True)
+    with pytest.raises(UserError, match="ends with its head"):
+        backbone_of(features)
+
+
+def test_principal_axes_are_those_of_the_covariance():
+    vectors = np.random.default_rng(0).normal(size=(40, 6)) * (5, 3, 1, 1, 0.1, 0.1)
+    points, shares = embedding.principal(vectors)
+    values, axes = np.linalg.eigh(np.cov(vectors.T))
+    np.testing.assert_allclose(shares, values[::-1][:2] / values.sum())
+    by_hand = (vectors - vectors.mean(0)) @ axes[:, ::-1][:, :2]
+    np.testing.assert_allclose(np.abs(points), np.abs(by_hand), atol=1e-9)
+    assert embedding.principal(np.ones((3, 1)))[0].shape == (3, 2)
+
+
+def test_the_projector_has_a_row_for_every_vector(tmp_path):
+    vectors = np.arange(6.0).reshape(3, 2)
+    rows = [("photograph", "class"), ("a\tb.png", "one"), ("c.png", "two"), ("d.png", "two")]
+    embedding.write_projector(tmp_path / "projector", vectors, rows)
+    read = {path.name: path.read_text() for path in (tmp_path / "projector").iterdir()}
+    assert read["vectors.tsv"].splitlines() == ["0\t1", "2\t3", "4\t5"]
+    expected = ["photograph\tclass", "a b.png\tone", "c.png\ttwo", "d.png\ttwo"]
+    assert read["metadata.tsv"].splitlines() == expected
+    assert "vectors.tsv" in read["projector_config.pbtxt"]
