@@ -29,8 +29,9 @@ class Smoothed:
     def __init__(self):
         self._rows: dict[str, collections.deque[float]] = {}
 
-    def add(self, measures: Mapping[str, np.ndarray], per_example: PerExample = PerExample()) -> None:
+    def add(self, measures: Mapping[str, np.ndarray], per_example: PerExample | None = None) -> None:
         """Takes in some iterations: {name: [iterations, …]}, named as in `Algorithm.measure_specs`."""
+        per_example = per_example or PerExample()
         support, after = measures.get("support_loss"), measures.get("query_loss")
         accuracy = measures.get("query_accuracy")
         self._set = "support" if after is None else "query"
