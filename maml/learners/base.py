@@ -104,7 +104,7 @@ class Algorithm:
         self.state_variables: list[keras.Variable] = []
         self.iteration = tf.Variable(0, dtype=tf.int64, trainable=False)
         # A variable, because TensorFlow turns division by a constant into a less exact multiplication.
-        self._scale = tf.Variable(scale, trainable=False, name="scale")
+        self._scale = tf.Variable(float(scale), trainable=False, name="scale")
         self._tasks_at_once = tasks_at_once
         self.evaluate = tf.function(self._evaluate, reduce_retracing=True, autograph=False)
 
