@@ -35,6 +35,7 @@ _HOMES = {
     "load_run": "runs.load",
     "mean_squared_error": "learners.losses",
     "mlp": "networks.mlp",
+    "resnet12": "networks.resnet12",
     "series": "training.evaluate",
 }
 __all__ = [*_HOMES]
@@ -54,6 +55,7 @@ if TYPE_CHECKING:
     from maml.networks.layers import LayerNormalization as LayerNormalization
     from maml.networks.layers import MovingBatchNorm as MovingBatchNorm
     from maml.networks.mlp import mlp as mlp
+    from maml.networks.resnet12 import resnet12 as resnet12
     from maml.runs.load import load_run as load_run
     from maml.training.evaluate import series as series
 

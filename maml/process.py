@@ -129,7 +129,7 @@ def silent_start() -> Iterator[None]:
         os.dup2(held.fileno(), 2)
         try:
             yield
-        except BaseException:
+        except Exception:  # not an interruption, which has nothing to do with what is held back
             held.seek(0)
             os.write(kept, held.read())
             raise

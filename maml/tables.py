@@ -111,6 +111,19 @@ def _metric(datasource: str, way: int, shot: int) -> dict[str, object]:
     return dict(meta_batch_size=1, max_pool=True, num_filters=64, **queries)
 
 
+def _relation(datasource: str, way: int, shot: int) -> dict[str, object]:
+    """Of the authors' scripts: the queries per class go with ways and shots."""
+    queries = {(5, 1): 19, (5, 5): 15, (20, 1): 10, (20, 5): 5}.get((way, shot), 10)
+    if datasource != "omniglot":
+        queries = 15 if shot == 1 else 10
+    return dict(network="conv4_map", meta_batch_size=1, num_filters=64, num_query=queries)
+
+
+def _siamese(datasource: str, way: int, shot: int) -> dict[str, object]:
+    """Images as large as the paper's; the rate of fangpin/siamese-pytorch, since the paper has none."""
+    return dict(network="koch", img_size=105, meta_batch_size=1, num_filters=64, num_query=1, meta_lr=6e-5)
+
+
 METRIC_FLAGS = ("train_num_classes", "train_shots", "test_statistics")
 
 
@@ -222,6 +235,7 @@ LEARNERS: Mapping[str, Learner] = {
             "refine",
             "refine_form",
             "refine_steps",
+            "loss_after",
             "num_unlabeled",
             "test_num_unlabeled",
             "num_distractors",
@@ -242,14 +256,14 @@ LEARNERS: Mapping[str, Learner] = {
         "a learned comparison (Sung et al. 2018)",
         flags=(*METRIC_FLAGS, "halve_every", "relation_units", "relation_padding", "max_norm"),
         steps=False,
-        paper=_metric,
+        paper=_relation,
     ),
     "siamese": Learner(
         "maml.learners.siamese:Siamese",
         "pairs (Koch et al. 2015)",
         flags=(*METRIC_FLAGS, "halve_every", "pairs"),
         steps=False,
-        paper=_metric,
+        paper=_siamese,
     ),
 }
 

@@ -26,7 +26,7 @@ SOURCES = ("maml", "tests", "examples", "benchmarks", "data/mini_imagenet")
 FOLDERS = (*SOURCES, "docs", "flags", "results")
 EXAMPLE = "examples/batch_norm_second_derivative.py"
 
-OTHER_PROGRAMS = ("pip ", "tensorboard ", "tfds ", "python -m venv ", "/tmp/")
+OTHER_PROGRAMS = ("pip ", "uv ", "tensorboard ", "tfds ", "python -m venv ", "/tmp/")
 OTHER_MODULES = {"pytest"}
 OTHER_FLAGS = {"flagfile", "help", "helpshort", "helpfull", "version", "verbosity"}  # absl's
 LIBRARIES = {"tf", "tfds", "keras", "np", "os", "yaml"}
@@ -332,8 +332,8 @@ def test_the_sdist_has_what_it_takes_to_build_and_to_test(distribution, tmp_path
     command.ensure_finalized()
     command.run()
     packed = set(command.filelist.files)
-    top = "README.md LICENSE CHANGELOG.md CITATION.cff main.py setup.py pytest.ini ruff.toml data/README.md"
-    needed = {*top.split(), *trees(), *map(from_root, PAGES)}
+    top = "README.md LICENSE CHANGELOG.md CITATION.cff main.py setup.py pytest.ini ruff.toml constraints.txt"
+    needed = {*top.split(), "data/README.md", *trees(), *map(from_root, PAGES)}
     for folder in ("flags", "tests/fixtures", "data/mini_imagenet/splits", "results"):
         needed |= {from_root(path) for path in (ROOT / folder).rglob("*") if path.is_file()}
     assert {path for path in needed if "__pycache__" not in path} - packed == set()

@@ -28,7 +28,7 @@ ORIGINAL = [
     ("max_pool", "bool", False),
     ("stop_grad", "bool", False),
     ("log", "bool", True),
-    ("logdir", "string", "/tmp/data"),
+    ("logdir", "string", "runs"),  # the original's /tmp/data does not survive a restart
     ("resume", "bool", True),
     ("train", "bool", True),
     ("test_iter", "int", -1),

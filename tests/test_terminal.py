@@ -60,7 +60,7 @@ def test_a_flag_takes_two_lines_at_most_and_says_its_type_and_default(monkeypatc
         "--num_classes=INT N, the ways of a classification task [5]",
         "--update_lr=NUMBER α, the inner step size [paper's, sinusoid 0.001]",
         "--[no]stop_grad first-order MAML: no second derivatives (section 5.2) [false]",
-        "--logdir=PATH folder that holds the run folders [/tmp/data]",
+        "--logdir=PATH folder that holds the run folders [runs]",
         "--checkpoint=newest|best which checkpoint to test; best: at meta-validation [newest]",
         "--num_query=INT Q, query examples per class in training [K]",
         "--network=NAME the network [sinusoid mlp, images conv4]",

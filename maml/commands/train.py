@@ -16,6 +16,7 @@ from maml.runs.folder import Run
 from maml.settings.own import DEFAULT_LEARNER
 from maml.settings.settings import RANDOM, Settings
 from maml.training import devices, evaluate
+from maml.training.progress import WINDOW
 
 
 def train(asked: tuple[Settings, dict[str, object]]) -> None:
@@ -53,6 +54,8 @@ def _train_and_test(settings: Settings, machine: devices.Machine) -> None:
             print(f"resumed from iteration {int(folder.iteration)} of {settings.iterations}", flush=True)
         if machine.chief:
             tensorboard.begin(folder, data, settings, machine.description)
+        if settings.iterations > int(folder.iteration):
+            print(_line("progress", _legend(phases[-1].outer.algorithm)), flush=True)
         watcher = tensorboard.Watcher(folder, data, phases[-1].outer.algorithm)
         training.train(settings, phases, data, folder, watcher)
         folder.end()
@@ -116,6 +119,18 @@ def _header(settings: Settings, from_paper: dict[str, object], devices: str) -> 
         shown = {name: value for name, value in from_paper.items() if name not in unread}
         lines.append(_line("defaults", f"{_values(shown)} (paper)"))
     return "\n".join([*lines, _line("run folder", str(settings.run_dir))])
+
+
+def _legend(learner: Algorithm) -> str:
+    """The losses of the progress line in words."""
+    measured = learner.measure_specs()
+    if "query_loss" not in measured:
+        losses = "support set before the first inner step → before the last"
+    elif "support_loss" in measured:
+        losses = "support set before adaptation → query set after it"
+    else:
+        losses = "query set"
+    return f"loss per example, {losses}; means over {WINDOW} iterations"
 
 
 def _values(values: Mapping[str, object]) -> str:

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, NamedTuple
 import keras
 import tensorflow as tf
 
-from maml.episodes import Episode
+from maml.episodes import Episode, EpisodeSpec
 from maml.learners.losses import LossFunction, cross_entropy, mean_squared_error
 from maml.networks.stateless import Stateless, Weights, gradients, takes_integers
 from maml.settings.settings import Settings
@@ -189,6 +189,10 @@ class Algorithm:
             specs[f"support_{name}"] = tf.TensorSpec((self.inner_steps,), self.dtype)
             specs[f"query_{name}"] = tf.TensorSpec((), self.dtype)
         return specs
+
+    def examples(self, spec: EpisodeSpec) -> tuple[int, int]:
+        """The examples of the training losses shown before and after adaptation, of such episodes."""
+        return spec.way * spec.shot, spec.way * spec.query
 
     # --- The same for all ---------------------------------------------------------------------------
 

@@ -23,6 +23,7 @@ from maml.training.evaluate import TestResult, measure_tasks
 from maml.training.given import Episodes, Needs
 from maml.training.loop import METATRAIN, Phase, updates
 from maml.training.outer_loop import OuterLoop
+from maml.training.progress import COMPILING, Smoothed
 from maml.training.task_map import TaskMap
 
 Loss = str | keras.losses.Loss | LossFunction
@@ -177,16 +178,21 @@ class Learner:
         )
         parts: list[dict[str, np.ndarray]] = []
         hidden = None if progress is None else not progress
+        shown = Smoothed()
         with tqdm(total=iterations, desc="meta-training", unit="it", leave=False, disable=hidden) as bar:
+            if not self.outer.block.experimental_get_tracing_count():
+                bar.set_postfix_str(COMPILING)
             for update in updates([phase], blocks, begin=self.iteration):
-                bar.update(update.iteration - self.iteration)
-                self.iteration = update.iteration
+                done, self.iteration = update.iteration - self.iteration, update.iteration
                 if update.failed is not None:
                     raise Failure(
                         f"iteration {self.iteration}: a loss or the meta-gradient is not finite, so that the "
                         f"update was not made. If there is no NaN in the episode, a smaller inner_lr or "
                         f"meta_lr, or clip=10, may help."
                     )
+                shown.add(update.measures)
+                bar.set_postfix_str(shown.text(), refresh=False)
+                bar.update(done)
                 parts.append({name: rows for name, rows in update.measures.items() if name != "skipped"})
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 

@@ -85,6 +85,7 @@ def cross_entropy(shot: int) -> LossFunction:
     def loss(labels: tf.Tensor, logits: tf.Tensor) -> tf.Tensor:
         return tf.reduce_sum(tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits)) / shot
 
+    loss.divisor = shot
     return loss
 
 
@@ -96,6 +97,15 @@ def mean_cross_entropy(labels: tf.Tensor, logits: tf.Tensor) -> tf.Tensor:
 def summed_cross_entropy(labels: tf.Tensor, logits: tf.Tensor) -> tf.Tensor:
     """The sum over the examples. Labels [n] integer, logits [n, N]; a scalar."""
     return tf.reduce_sum(tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits))
+
+
+summed_cross_entropy.divisor = 1
+
+
+def per_example(loss: LossFunction, examples: int) -> float:
+    """The factor that makes a loss of so many examples their mean: 1, but of a sum of ours K/examples."""
+    divisor = getattr(loss, "divisor", None)
+    return 1.0 if divisor is None else divisor / examples
 
 
 def mean_squared_error(targets: tf.Tensor, predictions: tf.Tensor) -> tf.Tensor:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import keras
 import tensorflow as tf
 
-from maml.episodes import Episode
+from maml.episodes import Episode, EpisodeSpec
 from maml.errors import UserError
 from maml.learners.base import Algorithm, Measures, TaskGradient
 from maml.learners.extra import extra_variable
@@ -174,6 +174,10 @@ class Reptile(Algorithm):
         moments = [tf.convert_to_tensor(moment) for moment in moments]
         return _State(list(theta), moments, tf.convert_to_tensor(power), tf.constant(0))
 
+    def fast_weights(self, state: _State) -> Weights:
+        """The network's weights in a task's state."""
+        return state.weights
+
     def step(
         self, state: _State, x: tf.Tensor, y: tf.Tensor, noise: int | None = None
     ) -> tuple[_State, Measures]:
@@ -283,6 +287,11 @@ class Reptile(Algorithm):
     def measure_specs(self) -> dict[str, tf.TensorSpec]:
         """Those on the mini-batches; there is no query set in training."""
         return {f"support_{name}": tf.TensorSpec((self.inner_steps,), self.dtype) for name in self._kinds()}
+
+    def examples(self, spec: EpisodeSpec) -> tuple[int, int]:
+        """Those of the first mini-batch and of the last."""
+        tail = spec.way * self.foml_tail if self.foml else 0
+        return self.inner_batch, tail or self.inner_batch
 
 
 def _shuffled(count: int | tf.Tensor, seed: tf.Tensor, number: tf.Tensor) -> tf.Tensor:

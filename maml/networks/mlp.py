@@ -1,13 +1,10 @@
-"""TODO networks.mlp."""
+"""Fully connected networks: the paper's of the sinusoid, and of Omniglot without convolutions."""
 
 from collections.abc import Sequence
 
 import keras
 
 from maml.networks.layers import _exact, _norm
-
-MLP_SINUSOID = (40, 40)
-MLP_IMAGES = (256, 128, 64, 64)
 
 
 def mlp(

@@ -1,8 +1,10 @@
 """A run is a folder: its flags, checkpoints, TensorBoard events, figures and results."""
 
 import contextlib
+import dataclasses
 import hashlib
 import math
+import os
 import pathlib
 import shutil
 import struct
@@ -140,7 +142,8 @@ class Run:
         write_whole(data, digest + "\n")
         iteration = int(self.iteration)
         if max(there, default=0) <= self.settings.iterations:
-            write_whole(self.dir / "flags", as_flagfile(self.settings))
+            here = dataclasses.replace(self.settings, logdir=os.path.abspath(self.settings.logdir))
+            write_whole(self.dir / "flags", as_flagfile(here))  # good from any folder
             # What a killed process wrote after its last checkpoint comes again; before the first, all of it.
             last = iteration or -1
             validated = {0, *validations(self.dir)}

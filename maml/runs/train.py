@@ -5,8 +5,9 @@ from typing import Protocol
 
 import numpy as np
 
-from maml.episodes import EpisodeSource
+from maml.episodes import EpisodeSource, EpisodeSpec
 from maml.errors import Failure, UserError
+from maml.learners.losses import per_example
 from maml.process import put_off_interruption
 from maml.runs.build import test_spec, train_spec
 from maml.runs.diagnosis import not_finite
@@ -16,7 +17,7 @@ from maml.runs.results import write_cost
 from maml.settings.settings import Settings
 from maml.training.evaluate import TestResult, measure_tasks
 from maml.training.loop import Phase, Update, Waiting, stream, updates
-from maml.training.progress import Progress
+from maml.training.progress import PerExample, Progress
 
 LOG_INTERVAL = 100  # iterations per point of the training curves (means over them)
 VALIDATION_TASKS = 100
@@ -92,7 +93,7 @@ def train(
     if missed and _is_due(iteration, settings):
         validate()  # the run was stopped between saving and validating
     window = _Window()
-    progress = Progress(iteration, settings.iterations)
+    progress = Progress(iteration, settings.iterations, {p.name: _per_example(p, spec) for p in phases})
     with put_off_interruption() as interruption:
         for update in updates(phases, blocks, begin=iteration, pauses=(settings.save_interval, LOG_INTERVAL)):
             iteration = update.iteration
@@ -127,6 +128,11 @@ def train(
             write_cost(run.dir, each)
     if iteration > first_iteration:
         print(f"training waited for data {blocks.seconds / progress.seconds():.2%} of the time", flush=True)
+
+
+def _per_example(phase: Phase, spec: EpisodeSpec) -> PerExample:
+    algorithm = phase.outer.algorithm
+    return PerExample(*(per_example(algorithm.loss, count) for count in algorithm.examples(spec)))
 
 
 def validation_row(result: TestResult) -> dict[str, float]:

@@ -162,7 +162,12 @@ class Settings:
     train_update_batch_size: int = option(TEST, -1, "K the tested run was trained with, if it differs", -1)
     train_update_lr: float = option(TEST, -1.0, "α the tested run was trained with, if it differs")
 
-    logdir: str = option(FOLDER, "/tmp/data", "folder that holds the run folders")
+    logdir: str = option(
+        FOLDER,
+        "runs",
+        "folder that holds the run folders\n\nIn the current folder, beside adapted images and results. "
+        "The original's is /tmp/data, which a restart empties and other users can write to.",
+    )
     resume: bool = option(FOLDER, True, "resume from the newest checkpoint of this run, if there is one")
     save_interval: int = option(FOLDER, 1000, "iterations between checkpoints (and validations)", 1)
     keep: int | None = option(FOLDER, None, "newest checkpoints to keep, beside the best [all]", 2)
