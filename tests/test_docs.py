@@ -28,7 +28,7 @@ EXAMPLE = "examples/batch_norm_second_derivative.py"
 
 OTHER_PROGRAMS = ("pip ", "uv ", "tensorboard ", "tfds ", "python -m venv ", "/tmp/")
 OTHER_MODULES = {"pytest"}
-OTHER_FLAGS = {"flagfile", "helpshort", "helpfull", "verbosity"}  # absl's
+OTHER_FLAGS = {"flagfile", "help", "helpshort", "helpfull", "version", "verbosity"}  # absl's
 LIBRARIES = {"tf", "tfds", "keras", "np", "os", "yaml"}
 # The original's names, TensorFlow's, and a host's.
 OTHER_NAMES = {
@@ -110,12 +110,12 @@ def our_flags() -> dict[str, object]:
 
 @functools.cache
 def all_flags() -> set[str]:
-    """Those of `main.py` and of the other commands."""
+    """Those of a run, of the learners and of the commands."""
     calls = (node for tree in trees().values() for node in ast.walk(tree) if isinstance(node, ast.Call))
     defined = {
         str(call.args[0].value).lstrip("-")
         for call in calls
-        if re.match("DEFINE_|add_argument", getattr(call.func, "attr", ""))
+        if re.match("DEFINE_|add_argument|Flag$", getattr(call.func, "attr", getattr(call.func, "id", "")))
         and call.args
         and isinstance(call.args[0], ast.Constant)
     }
