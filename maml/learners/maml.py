@@ -62,7 +62,7 @@ class Maml(Algorithm):
             weight - self.inner_lr * next(descent) if adapt else weight
             for weight, adapt in zip(state, self._adapted, strict=True)
         ]
-        return stepped, measures
+        return self.stateless.constrained(stepped, self._adapted), measures
 
     def outputs(
         self, state: Weights, x: tf.Tensor, support_x: tf.Tensor | None = None, noise: int | None = None
