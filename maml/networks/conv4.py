@@ -27,11 +27,14 @@ def conv4(
             of its spatial mean, with N(0, 1) (Omniglot).
         dtype: of weights and computation; "mixed_bfloat16": see `_exact`.
     """
+    last = dict(data_format="channels_last")  # whatever keras.json says
     layers: list[keras.layers.Layer] = [keras.layers.Input(input_shape, dtype=_exact(dtype))]
     for i in range(4):
         stride = 1 if max_pool else 2
         layers.append(
-            keras.layers.Conv2D(filters, 3, strides=stride, padding="same", dtype=dtype, name=f"conv{i + 1}")
+            keras.layers.Conv2D(
+                filters, 3, strides=stride, padding="same", dtype=dtype, name=f"conv{i + 1}", **last
+            )
         )
         layers += _norm(norm, dtype, f"norm{i}")
         if max_pool:
@@ -39,7 +42,7 @@ def conv4(
             layers.append(MaxPool(dtype=dtype))
         layers.append(keras.layers.ReLU(dtype=dtype))
     pooling = keras.layers.Flatten if flatten else keras.layers.GlobalAveragePooling2D
-    layers.append(pooling(dtype=_exact(dtype)))
+    layers.append(pooling(dtype=_exact(dtype), **last))
     head = "glorot_uniform" if flatten else keras.initializers.RandomNormal(stddev=1.0)
     layers.append(keras.layers.Dense(way, kernel_initializer=head, dtype=_exact(dtype), name="head"))
     return keras.Sequential(layers)

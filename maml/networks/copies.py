@@ -100,9 +100,15 @@ def check_same(model: keras.Model, copy: keras.Model, x: object, what: str) -> N
         ):
             raise UserError(
                 f"{model.name!r}: expected {what} to compute what the model does, got outputs that differ. "
-                f"A layer has state that it does not save: keep it in weights, or write "
-                f"save_own_variables and load_own_variables, and get_config for its arguments."
+                f"{_REMEDIES[model is copy]}"
             )
+
+
+_REMEDIES = {
+    False: "A layer has state that it does not save: keep it in weights, or write save_own_variables and "
+    "load_own_variables, and get_config for its arguments.",
+    True: "It draws random numbers of its own: use keras.random with a SeedGenerator, in training alone.",
+}
 
 
 def is_graph(model: Layer) -> bool:
@@ -145,7 +151,11 @@ def with_exact_norms(model: keras.Model) -> keras.Model:
 
     def call(layer: Layer, *args, **kwargs):
         if isinstance(layer, BatchNorm):
-            kwargs.pop("mask", None)  # of Keras' norm; None, unless the model masks steps
+            if kwargs.pop("mask", None) is not None or _masked(args):
+                raise UserError(
+                    f"swap_norms: {layer.name!r} weighs examples by a mask, which maml.BatchNorm does not. Use "
+                    f"LayerNormalization, or leave the mask out."
+                )
         return layer(*args, **kwargs)
 
     if not is_graph(model):
@@ -168,6 +178,10 @@ def with_exact_norms(model: keras.Model) -> keras.Model:
         elif layer.center:
             copy.beta.assign(layer.beta)
     return swapped
+
+
+def _masked(tensors: object) -> bool:
+    return any(getattr(x, "_keras_mask", None) is not None for x in tf.nest.flatten(tensors))
 
 
 def _is_swapped(layer: Layer) -> bool:
