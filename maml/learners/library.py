@@ -225,7 +225,7 @@ class Learner:
                         f"meta_lr, or clip=10, may help."
                     )
                 parts.append({name: rows for name, rows in update.measures.items() if name != "skipped"})
-        if not all(np.isfinite(variable).all() for variable in self.algorithm.variables):
+        if not all(np.isfinite(variable.numpy()).all() for variable in self.algorithm.variables):
             raise Failure(
                 f"iteration {self.iteration}: the weights are not finite any more. Begin anew with a smaller "
                 f"meta_lr."

@@ -150,12 +150,11 @@ def with_exact_norms(model: keras.Model) -> keras.Model:
         return copy
 
     def call(layer: Layer, *args, **kwargs):
-        if isinstance(layer, BatchNorm):
-            if kwargs.pop("mask", None) is not None or _masked(args):
-                raise UserError(
-                    f"swap_norms: {layer.name!r} weighs examples by a mask, which maml.BatchNorm does not. Use "
-                    f"LayerNormalization, or leave the mask out."
-                )
+        if isinstance(layer, BatchNorm) and (kwargs.pop("mask", None) is not None or _masked(args)):
+            raise UserError(
+                f"swap_norms: {layer.name!r} weighs examples by a mask, which maml.BatchNorm does not. Use "
+                f"LayerNormalization, or leave the mask out."
+            )
         return layer(*args, **kwargs)
 
     if not is_graph(model):
