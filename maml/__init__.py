@@ -34,6 +34,8 @@ _HOMES = {
     "UserError": "errors",
     "conv4": "networks.conv4",
     "cross_entropy": "learners.losses",
+    "difference": "learners.comparison",
+    "evaluate": "learners.comparison",
     "load_run": "runs.load",
     "mean_squared_error": "learners.losses",
     "mlp": "networks.mlp",
@@ -47,6 +49,8 @@ if TYPE_CHECKING:
     from maml.episodes import EpisodeSpec as EpisodeSpec
     from maml.errors import Failure as Failure
     from maml.errors import UserError as UserError
+    from maml.learners.comparison import difference as difference
+    from maml.learners.comparison import evaluate as evaluate
     from maml.learners.library import Learner as Learner
     from maml.learners.losses import cross_entropy as cross_entropy
     from maml.learners.losses import mean_squared_error as mean_squared_error

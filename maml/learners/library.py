@@ -1,7 +1,8 @@
 """The library: few-shot learning of any Keras model, by the inner and outer loop of the program."""
 
+import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import keras
 import numpy as np
@@ -10,6 +11,7 @@ from tqdm import tqdm
 
 from maml.episodes import Episode, EpisodeSpec
 from maml.errors import Failure, UserError
+from maml.learners import saving
 from maml.learners.base import Algorithm, State
 from maml.learners.gradient_check import GradientCheck
 from maml.learners.losses import Loss, ScalarLoss, is_custom, takes_labels
@@ -25,6 +27,7 @@ from maml.learners.options import (
 )
 from maml.learners.proof import Proof, check_surroundings
 from maml.learners.unequal import UnequalTasks
+from maml.learners.watching import Watch
 from maml.networks import copies
 from maml.networks.checks import check_built, check_model
 from maml.networks.stateless import Weights, tensors_of
@@ -148,6 +151,7 @@ class Learner:
         optimizer = grown(optimizer, self.algorithm.variables)
         self.outer = OuterLoop(self.algorithm, optimizer, self._assembly.tasks(self.model))
         self._adapt = tf.function(self._adapted, reduce_retracing=True, autograph=False)
+        self._predict = tf.function(self._predicted, reduce_retracing=True, autograph=False)
         self._one_task = UnequalTasks(self.outer)
         self._compiled = False
         self._built_of = self._layers()
@@ -182,6 +186,11 @@ class Learner:
         split: str = "train",
         progress: bool | None = None,
         check: bool = True,
+        validation: Episodes | None = None,
+        validation_tasks: int = 100,
+        validation_spec: EpisodeSpec | None = None,
+        callbacks: Sequence[keras.callbacks.Callback] = (),
+        epoch: int = 100,
     ) -> dict[str, np.ndarray]:
         """Meta-trains; a second call goes on from the first, optimizer and position included.
 
@@ -200,22 +209,57 @@ class Learner:
             progress: show a bar; None: on a terminal.
             check: before the first training of a model with anything in it that is not proven, compare its
                 meta-gradient with a finite difference; see `check_gradient`.
+            validation: episodes to evaluate after every epoch: a list, or a data source, of which split
+                "val" is taken.
+            validation_tasks: of these episodes; of a list no more than it holds.
+            validation_spec: for a data source; None: `spec`.
+            callbacks: Keras' EarlyStopping, ModelCheckpoint, TensorBoard, ReduceLROnPlateau and the like.
+                They see `learner.model` with the outer loop's optimizer, and the logs "loss" and "accuracy"
+                of the query sets, "support_loss", "gradient_norm", "val_loss", "val_accuracy".
+            epoch: iterations of an epoch; epochs end at its multiples.
 
         Returns:
             "query_loss" after adaptation [iterations], "support_loss" [iterations, inner_steps] before
-            each inner step, "query_accuracy" and "support_accuracy" likewise, "gradient_norm".
+            each inner step, "query_accuracy" and "support_accuracy" likewise, "gradient_norm";
+            "val_loss" and the like [epochs].
 
         Raises:
             UserError: if the episodes do not fit the model, or its meta-gradient would be wrong.
             Failure: if a loss or the meta-gradient is not finite; that update was not made.
         """
-        check_whole(1, iterations=iterations, meta_batch=meta_batch)
+        check_whole(1, iterations=iterations, meta_batch=meta_batch, epoch=epoch)
         self._refresh()
-        blocks = self._blocks(episodes, spec, split, meta_batch, iterations, check)
+        watch = None
+        if validation is not None or callbacks:
+            test = self._validation(validation, validation_tasks, validation_spec or spec)
+            watch = Watch(self, callbacks, None if validation is None else test, epoch)
+        sizes = dict(meta_batch=meta_batch, iterations=iterations)
+        blocks = self._blocks(episodes, spec, split, sizes, check, epoch if watch else None)
+        parts = self._trained(blocks, iterations, watch, epoch, None if progress is None else not progress)
+        if not all(np.isfinite(variable.numpy()).all() for variable in self.algorithm.variables):
+            raise Failure(
+                f"iteration {self.iteration}: the weights are not finite any more. Begin anew with a smaller "
+                f"meta_lr."
+            )
+        history = {
+            name: np.concatenate([part[name] for part in parts]) for name in parts[0] if name != "skipped"
+        }
+        return history | {name: np.array(rows) for name, rows in (watch.history if watch else {}).items()}
+
+    def _trained(
+        self,
+        blocks: Iterator[Block | list[Episode]],
+        iterations: int,
+        watch: Watch | None,
+        epoch: int,
+        hidden: bool | None,
+    ) -> list[dict[str, np.ndarray]]:
+        """The measures of all iterations, call by call."""
         parts: list[dict[str, np.ndarray]] = []
-        hidden = None if progress is None else not progress
         with tqdm(total=iterations, desc="meta-training", unit="it", leave=False, disable=hidden) as bar:
-            for update in self._updates(blocks, self.iteration + iterations):
+            if watch:
+                watch.begin()
+            for update in self._updates(blocks, self.iteration + iterations, (epoch,) if watch else ()):
                 bar.update(update.iteration - self.iteration)
                 self.iteration = update.iteration
                 if update.failed is not None:
@@ -224,20 +268,35 @@ class Learner:
                         f"update was not made. If there is no NaN in the episode, a smaller inner_lr or "
                         f"meta_lr, or clip=10, may help."
                     )
-                parts.append({name: rows for name, rows in update.measures.items() if name != "skipped"})
-        if not all(np.isfinite(variable.numpy()).all() for variable in self.algorithm.variables):
-            raise Failure(
-                f"iteration {self.iteration}: the weights are not finite any more. Begin anew with a smaller "
-                f"meta_lr."
-            )
-        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+                parts.append(update.measures)
+                if watch:
+                    watch.after(update)
+                    if watch.stopped:
+                        break
+            if watch:
+                watch.end()
+        return parts
+
+    def _validation(
+        self, episodes: Episodes | None, tasks: int, spec: EpisodeSpec | None
+    ) -> Callable[[], TestResult]:
+        if isinstance(episodes, Sequence):
+            tasks = min(tasks, len(episodes))
+        split = "val" if given.is_source(episodes) else "test"
+        return lambda: self.evaluate(episodes, tasks=tasks, spec=spec, split=split)
 
     def _blocks(
-        self, episodes: Episodes, spec: object, split: str, meta_batch: int, iterations: int, check: bool
+        self,
+        episodes: Episodes,
+        spec: EpisodeSpec | None,
+        split: str,
+        sizes: dict[str, int],
+        check: bool,
+        epoch: int | None,
     ) -> Iterator[Block | list[Episode]]:
         """What to train on; the first of it has proved the model."""
         length = Phase(METATRAIN, self.outer, 0).block_length
-        sizes = dict(meta_batch=meta_batch, iterations=iterations, length=length)
+        sizes = sizes | dict(length=min(length, epoch or length))
 
         def look(episode: Episode) -> Needs:
             self._prove(episode)
@@ -250,7 +309,7 @@ class Learner:
                 episodes, look, self._needs, spec, split, begin=self.iteration, **sizes
             )
         else:
-            stream = self._position.stream(episodes, self.iteration * meta_batch)
+            stream = self._position.stream(episodes, self.iteration * sizes["meta_batch"])
             blocks = given.given_blocks(stream, look, self._needs, **sizes)
         for block in blocks:
             if isinstance(block, Block) and not self._compiled:
@@ -280,11 +339,13 @@ class Learner:
                 stacklevel=2,
             )
 
-    def _updates(self, blocks: Iterator[Block | list[Episode]], end: int) -> Iterator[Update]:
+    def _updates(
+        self, blocks: Iterator[Block | list[Episode]], end: int, pauses: Sequence[int]
+    ) -> Iterator[Update]:
         for block in blocks:
             if isinstance(block, Block):
                 phase = Phase(METATRAIN, self.outer, end)
-                yield from updates([phase], [block], begin=self.iteration)
+                yield from updates([phase], [block], begin=self.iteration, pauses=pauses)
             else:
                 yield self._one_task.update(block, Phase(METATRAIN, self.outer, end), self.iteration)
 
@@ -415,6 +476,11 @@ class Learner:
         weights = weights[: len(variables)]
         return weights, self.algorithm.stateless.state_after(weights, x)
 
+    def _predicted(self, x: tf.Tensor, y: tf.Tensor, query_x: tf.Tensor, steps: tf.Tensor) -> tf.Tensor:
+        """Outputs of the query set, by the support set's statistics."""
+        x, y, query_x, _ = self.algorithm.to_floating(Episode(x, y, query_x, y))
+        return self.algorithm.outputs(self._state_after(x, y, steps), query_x, x)
+
     def _state_after(self, x: tf.Tensor, y: tf.Tensor, steps: tf.Tensor) -> State:
         """The task's state after some inner steps."""
         algorithm = self.algorithm
@@ -424,3 +490,58 @@ class Learner:
             (0, algorithm.begin(algorithm.weights(), x, y)),
         )
         return state
+
+    def predict(
+        self, support_x: Arrays, support_y: Arrays, query_x: Arrays, steps: int | None = None
+    ) -> np.ndarray:
+        """Outputs for query_x [n, …] after adaptation to a support set, of any algorithm.
+
+        For algorithms that adapt weights: what `adapt(support_x, support_y, steps)` predicts.
+
+        Args:
+            support_x, support_y, steps: see `adapt`.
+            query_x: inputs [n, …].
+        """
+        x, y, steps = self._support(support_x, support_y, steps)
+        # Of the query set inputs alone are known: they are checked as a support set's.
+        rows = len(tf.nest.flatten(query_x)[0])
+        targets = tf.nest.map_structure(lambda y: np.repeat(y[:1], rows, axis=0), y)
+        query = self._needs.fitting((query_x, targets, query_x, targets)).query_x
+        outputs = self._predict(x, y, tf.nest.map_structure(tf.convert_to_tensor, query), steps)
+        return tf.nest.map_structure(lambda rows: rows.numpy(), outputs)
+
+    # --- Keeping ------------------------------------------------------------------------------------
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Writes model, outer optimizer, options and iteration into the folder `path`.
+
+        A learner that is loaded from it goes on as this one would, to the bit.
+
+        Raises:
+            UserError: if the algorithm has an option that JSON cannot hold.
+        """
+        saving.save(self, path)
+
+    @classmethod
+    def load(
+        cls,
+        path: str | os.PathLike,
+        *,
+        loss: Loss | None = None,
+        metrics: Sequence | None = None,
+        custom_objects: dict | None = None,
+        safe_mode: bool = True,
+    ) -> "Learner":
+        """The learner that `save` wrote.
+
+        Args:
+            path: the folder.
+            loss, metrics: needed where they are functions of the user's own, which are not saved.
+            custom_objects, safe_mode: see `keras.saving.load_model`.
+
+        Raises:
+            UserError: if there is no such learner, or a function is missing.
+        """
+        return saving.loaded(
+            cls, path, loss=loss, metrics=metrics, custom_objects=custom_objects, safe_mode=safe_mode
+        )

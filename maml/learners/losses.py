@@ -8,7 +8,7 @@ import tensorflow as tf
 from maml.errors import UserError
 
 LossFunction = Callable[[tf.Tensor, tf.Tensor], tf.Tensor]
-Loss = str | keras.losses.Loss | LossFunction
+Loss = str | keras.losses.Loss | LossFunction | dict | list | tuple  # the latter of several outputs
 SPARSE = ("sparse_categorical_crossentropy", "SparseCategoricalCrossentropy")
 CROSS_ENTROPIES = (
     *SPARSE,
@@ -54,6 +54,10 @@ class ScalarLoss:
         Raises:
             UserError: if there is no such loss or metric.
         """
+        self._parts = None
+        if isinstance(loss, dict | list | tuple):
+            self._parts = tf.nest.map_structure(lambda part: ScalarLoss(part, dtype=dtype), loss)
+            loss = _sum_of(self._parts)
         try:
             function = keras.losses.get(loss) if isinstance(loss, str) else loss
         except ValueError:
@@ -69,7 +73,7 @@ class ScalarLoss:
         if _is_ours(function):
             self.from_logits = True
         self.ignored: int | None = settings.get("ignore_class")
-        ours = _is_ours(function) or function is mean_squared_error
+        ours = _is_ours(function) or function is mean_squared_error or self._parts is not None
         self._call = (
             function if ours or isinstance(function, keras.losses.Loss) else _Wrapped(function, dtype)
         )
@@ -84,11 +88,27 @@ class ScalarLoss:
 
     def __call__(self, targets: tf.Tensor, outputs: tf.Tensor) -> tf.Tensor:
         """The loss, a scalar."""
-        if not self._masks and _mask(outputs) is not None:
+        if not self._masks and self._parts is None and _mask(outputs) is not None:
             raise UserError(
                 f"loss: {self.name} takes no mask, but the model's outputs have one. Use a Keras loss."
             )
         return tf.cast(tf.reduce_mean(self._call(targets, outputs)), self.dtype)
+
+
+def _sum_of(parts: object) -> LossFunction:
+    """The sum of the losses of several outputs, a structure like theirs."""
+
+    def losses(targets: object, outputs: object) -> tf.Tensor:
+        try:
+            found = tf.nest.map_structure(lambda part, y, out: part(y, out), parts, targets, outputs)
+        except (TypeError, ValueError) as error:
+            raise UserError(
+                f"loss: expected losses, targets and outputs in the same dict, tuple or list, got others "
+                f"({str(error).splitlines()[0]})."
+            ) from error
+        return tf.add_n(tf.nest.flatten(found))
+
+    return losses
 
 
 class _Wrapped(keras.losses.Loss):
@@ -150,7 +170,10 @@ def _metric(metric: str | Callable | keras.metrics.Metric, dtype: tf.DType) -> t
         raise UserError(f"metrics: expected Keras metrics, their names, or functions, got {metric!r}.")
     if not isinstance(found, keras.metrics.Metric):
         found = keras.metrics.MeanMetricWrapper(found, name=_name(found))
-    found.build() if not found.built and hasattr(found, "build") and not found.variables else None
+    if not found.variables:
+        raise UserError(
+            f"metrics: {found.name} has no variables before its first use, so that it cannot be used."
+        )
     variables = [tf.convert_to_tensor(value) for value in found.variables]
 
     def measured(targets: tf.Tensor, outputs: tf.Tensor) -> tf.Tensor:
@@ -187,11 +210,15 @@ def check_outputs(loss: ScalarLoss, last: str | None, model: str) -> None:
 
 def takes_labels(loss: Loss) -> bool:
     """Whether its targets are integer labels, as for sparse categorical cross entropy and `cross_entropy`."""
+    if isinstance(loss, dict | list | tuple):
+        return False
     return _is_ours(loss) or (loss if isinstance(loss, str) else _name(loss)) in SPARSE
 
 
 def is_custom(loss: Loss) -> bool:
     """Whether it is neither Keras' nor ours, so that its targets may be anything."""
+    if isinstance(loss, dict | list | tuple):
+        return any(map(is_custom, tf.nest.flatten(loss)))
     named = loss if hasattr(loss, "__name__") else type(loss)
     return not isinstance(loss, str) and named.__module__.split(".")[0] not in ("keras", "maml")
 
@@ -212,8 +239,12 @@ def cross_entropy(shot: int) -> LossFunction:
     """
 
     def loss(labels: tf.Tensor, logits: tf.Tensor) -> tf.Tensor:
-        return tf.reduce_sum(tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits)) / shot
+        return (
+            tf.reduce_sum(tf.nn.sparse_softmax_cross_entropy_with_logits(tf.cast(labels, tf.int32), logits))
+            / shot
+        )
 
+    loss.shot = shot
     return loss
 
 

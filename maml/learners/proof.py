@@ -134,4 +134,6 @@ class Proof:
 
 def _widened(loss: Loss) -> Loss:
     """A Keras loss made anew, in the type that Keras makes things in now."""
+    if isinstance(loss, dict | list | tuple):
+        return tf.nest.map_structure(_widened, loss)
     return type(loss).from_config(loss.get_config()) if isinstance(loss, keras.losses.Loss) else loss

@@ -37,7 +37,7 @@ class _Mean(OuterLoop):
     """An outer loop whose meta-step is given the mean over tasks."""
 
     def __init__(self, outer: OuterLoop):
-        vars(self).update(vars(outer))
+        self.__dict__ = outer.__dict__  # the same attributes, whatever becomes of them
 
     def gradient(self, episodes):
         """What was given."""

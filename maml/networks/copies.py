@@ -19,7 +19,7 @@ def copy_of(model: keras.Model) -> keras.Model:
         try:
             return _cloned(model)
         except (TypeError, ValueError):
-            with _not_compiled(model):  # with a loss that Keras knows no name of
+            with not_compiled(model):  # with a loss that Keras knows no name of
                 return _cloned(model)
     except (NotImplementedError, TypeError, ValueError) as error:
         raise UserError(
@@ -36,7 +36,7 @@ def _cloned(model: keras.Model) -> keras.Model:
 
 
 @contextlib.contextmanager
-def _not_compiled(model: keras.Model) -> Iterator[None]:
+def not_compiled(model: keras.Model) -> Iterator[None]:
     """Has Keras copy a model without the loss and optimizer that it was compiled with."""
     compiled = [layer for layer in model._flatten_layers() if getattr(layer, "compiled", False)]
     for layer in compiled:
@@ -163,7 +163,7 @@ def with_exact_norms(model: keras.Model) -> keras.Model:
             f"model. Use maml's norms in its class."
         )
     functional = type(model) is not keras.Sequential
-    with _not_compiled(model):
+    with not_compiled(model):
         swapped = keras.models.clone_model(
             model, clone_function=exact, call_function=call if functional else None, recursive=True
         )
@@ -228,7 +228,7 @@ def float64_copy(model: keras.Model, x: object) -> keras.Model:
         return type(layer).from_config(_widened(layer.get_config())) if isinstance(layer, Layer) else layer
 
     if is_graph(model):
-        with _not_compiled(model):
+        with not_compiled(model):
             copy = keras.models.clone_model(model, clone_function=wide, recursive=True)
     else:
         copy = type(model).from_config(_widened(model.get_config()))
