@@ -81,7 +81,14 @@ setuptools.setup(
     ],
     extras_require={
         "docs": ["mkdocs>=1.6.1", "mkdocs-material>=9.8", "mkdocstrings-python>=2", "ruff==0.17.5"],
-        "test": ["hypothesis>=6", "pytest>=8", "pytest-benchmark>=5", "pytest-xdist>=3.1", "ruff==0.17.5"],
+        "test": [
+            "hypothesis>=6",
+            "import-linter>=2",
+            "pytest>=8",
+            "pytest-benchmark>=5",
+            "pytest-xdist>=3.1",
+            "ruff==0.17.5",
+        ],
     },
     entry_points={"console_scripts": ["maml=maml.commands.runner:main"]},
 )

@@ -5,9 +5,10 @@ hash of integers, so it is the same on every machine and library version, and an
 drawn without drawing those before it: resuming a run needs one integer, the iteration.
 """
 
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
-import tensorflow as tf
+if TYPE_CHECKING:  # the ground, on which what has to be at hand at once stands too
+    import tensorflow as tf
 
 
 class Episode(NamedTuple):
@@ -20,10 +21,10 @@ class Episode(NamedTuple):
         support_y, query_y: int32 labels [n] in 0…N−1, or float32 targets [n, outputs].
     """
 
-    support_x: tf.Tensor
-    support_y: tf.Tensor
-    query_x: tf.Tensor
-    query_y: tf.Tensor
+    support_x: "tf.Tensor"
+    support_y: "tf.Tensor"
+    query_x: "tf.Tensor"
+    query_y: "tf.Tensor"
 
 
 class SemiSupervisedEpisode(NamedTuple):
@@ -34,11 +35,11 @@ class SemiSupervisedEpisode(NamedTuple):
         unlabeled_x: [m, …], of the episode's classes and maybe of others, the distractors.
     """
 
-    support_x: tf.Tensor
-    support_y: tf.Tensor
-    query_x: tf.Tensor
-    query_y: tf.Tensor
-    unlabeled_x: tf.Tensor
+    support_x: "tf.Tensor"
+    support_y: "tf.Tensor"
+    query_x: "tf.Tensor"
+    query_y: "tf.Tensor"
+    unlabeled_x: "tf.Tensor"
 
 
 class EpisodeSpec(NamedTuple):
@@ -57,7 +58,7 @@ class EpisodeSource(Protocol):
         """Raises UserError if the split has too few classes or examples for the spec."""
         ...
 
-    def sample(self, spec: EpisodeSpec, split: str, indices: tf.Tensor) -> Episode:
+    def sample(self, spec: EpisodeSpec, split: str, indices: "tf.Tensor") -> Episode:
         """The episodes with the given int64 indices [t]; the fields' leading axis is t."""
         ...
 

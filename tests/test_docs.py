@@ -28,7 +28,7 @@ EXAMPLE = "examples/batch_norm_second_derivative.py"
 
 OTHER_PROGRAMS = ("pip ", "uv ", "tensorboard ", "tfds ", "python -m venv ", "/tmp/")
 OTHER_MODULES = {"pytest"}
-OTHER_FLAGS = {"flagfile", "help", "helpshort", "helpfull", "verbosity"}  # absl's
+OTHER_FLAGS = {"flagfile", "help", "helpshort", "helpfull", "version", "verbosity"}  # absl's
 LIBRARIES = {"tf", "tfds", "keras", "np", "os", "yaml", "l2l", "learn2learn", "nn", "torch"}
 # The original's names, TensorFlow's, a host's, and learn2learn's.
 OTHER_NAMES = {
@@ -113,7 +113,7 @@ def our_flags() -> dict[str, object]:
 
 @functools.cache
 def all_flags() -> set[str]:
-    """Those of `main.py` and of the other commands."""
+    """Those of a run, of the learners and of the commands."""
     calls = (node for tree in trees().values() for node in ast.walk(tree) if isinstance(node, ast.Call))
     defined = {
         str(call.args[0].value).lstrip("-")

@@ -144,7 +144,9 @@ def test_a_row_in_each_table_is_all_it_takes(tmp_path, monkeypatch):
         f"{__name__}:toy_images", "toy", side=8, channels=3, scale=255.0, hidden=(9,), network="toy"
     )
     monkeypatch.setitem(tables.DATASETS, "toy_set", row)
-    monkeypatch.setitem(tables.NETWORKS, "toy", tables.Network(f"{__name__}:toy_network", "toy"))
+    monkeypatch.setitem(
+        tables.NETWORKS, "toy", tables.Network(f"{__name__}:toy_network", "toy", ("num_filters",))
+    )
     learner = tables.Learner(f"{__name__}:ToyLearner", "toy", flags=("toy_factor",))
     monkeypatch.setitem(tables.LEARNERS, "toy_learner", learner)
     flags = ("--datasource=toy_set", "--learner=toy_learner", "--toy_factor=0.5", "--update_lr=0.5")

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from maml.networks import layers
-from maml.networks import mlp as mlp_module
 from maml.networks import standardise as standardise_module
 from maml.networks.conv4 import conv4
 from maml.networks.layers import BatchNorm, LayerNorm, batch_statistics
@@ -14,6 +13,7 @@ from maml.networks.mlp import mlp
 from maml.networks.standardise import standardise
 from maml.networks.stateless import adapted_weights
 from maml.runs.original import original_names
+from maml.tables import DATASETS
 
 import keras  # isort: skip
 import tensorflow as tf  # isort: skip
@@ -28,11 +28,11 @@ def mini_imagenet(norm="batch_norm") -> keras.Model:
 
 
 def sinusoid() -> keras.Model:
-    return mlp((1,), 1, hidden=mlp_module.MLP_SINUSOID)
+    return mlp((1,), 1, hidden=DATASETS["sinusoid"].hidden)
 
 
 def omniglot_mlp(norm="batch_norm") -> keras.Model:
-    return mlp((28, 28, 1), 5, hidden=mlp_module.MLP_IMAGES, norm=norm)
+    return mlp((28, 28, 1), 5, hidden=DATASETS["omniglot"].hidden, norm=norm)
 
 
 def shapes(network: keras.Model) -> dict[str, tuple[int, ...]]:

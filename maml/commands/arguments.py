@@ -52,6 +52,17 @@ def compare(_: list[str]) -> tuple[list[jobs.Job], str, pathlib.Path]:
     return compared, name, pathlib.Path(FLAGS.out or "results/compare")
 
 
+def embed(operands: list[str]) -> tuple[Settings, pathlib.Path]:
+    """The settings of the run folder, and the file to write."""
+    settings = files.test_settings(pathlib.Path(operands[0]), jobs.given_flags())
+    path = pathlib.Path(FLAGS.out or "embeddings.npz")
+    if path.suffix != ".npz" or not path.resolve().parent.is_dir() or path.is_dir():
+        raise UserError(f"expected --out=FILE.npz in a folder that exists, got --out={path}.")
+    if not settings.classification or settings.img_size is None:
+        raise UserError(f"expected a run of images, got one of {settings.datasource}.")
+    return settings, path
+
+
 def protocol(operands: list[str]) -> Settings:
     """The settings to test a run folder with."""
     for name in files.TRIED:

@@ -202,6 +202,21 @@ flagfiles that hold the grid too.
         ),
         interrupted=REPEATABLE,
     ),
+    "embed": Command(
+        about="embeds the images of a run's data set, for learners on embeddings",
+        usage="""Embeds images: `maml embed RUN --out=embeddings.npz`.
+
+Every image of the run's data set goes through its trained network without the head. The file holds the
+embeddings,
+their classes and splits, as `--datasource=embeddings --data_dir=FILE.npz` takes them for `--learner=leo`.
+""",
+        check="maml.commands.arguments:embed",
+        work="maml.commands.embed:embed",
+        flags=(Flag("out", None, "the .npz file to write [embeddings.npz]"),),
+        shows=("data_dir", "checkpoint", "test_iter"),
+        otherwise="the run's",
+        operands="run folder",
+    ),
     "compare": Command(
         about="trains several learners and tests them on the same episodes; one table",
         usage="""Compares learners: `maml compare --learners=maml,fomaml,reptile --datasource=omniglot`.

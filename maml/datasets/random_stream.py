@@ -1,4 +1,4 @@
-"""TODO datasets.random_stream."""
+"""Random numbers by counting: a hash of integers, the same on every machine and library version."""
 
 import math
 import zlib

@@ -1,4 +1,4 @@
-"""TODO datasets.sinusoid."""
+"""The paper's regression on sinusoids (section 5.1)."""
 
 import math
 

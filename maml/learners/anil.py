@@ -144,15 +144,24 @@ class Boil(Maml):
 
 
 def _parts(network: keras.Model, adapted: list[bool]) -> tuple[Stateless, keras.layers.Layer] | None:
-    """Body and head, where the head is the last layer and nothing else is adapted; else None."""
+    """Body and head, where nothing but the head is adapted and it gives the outputs; else None.
+
+    None too where layers may add to the loss, or keep weights in bounds: the parts would not know of it.
+    """
     head = head_of(network)
     own = {id(variable) for variable in head.trainable_variables}
-    only = all(
-        id(variable) in own
-        for variable, adapt in zip(network.trainable_variables, adapted, strict=True)
-        if adapt
-    )
-    graph = type(network) is keras.Sequential or type(network).__name__ == "Functional"
-    if not only or not graph or network.layers[-1] is not head or len(own) == len(adapted):
+    pairs = zip(network.trainable_variables, adapted, strict=True)
+    only_head = all(id(variable) in own for variable, adapt in pairs if adapt)
+    is_graph = type(network) is keras.Sequential or type(network).__name__ == "Functional"
+    if not only_head or not is_graph or network.layers[-1] is not head or len(own) == len(adapted):
+        return None
+    if not all(map(_is_plain, network._flatten_layers(include_self=False))):
         return None
     return Stateless(keras.Model(network.inputs, head.input, name=network.name)), head
+
+
+def _is_plain(layer: keras.layers.Layer) -> bool:
+    """Whether a layer does no more than give outputs."""
+    known = type(layer).__module__.split(".")[0] in ("keras", "maml")
+    weights = any(getattr(v, "regularizer", None) or v.constraint for v in layer.trainable_variables)
+    return known and not weights and not getattr(layer, "activity_regularizer", None)

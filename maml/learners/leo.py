@@ -148,7 +148,7 @@ class Leo(Algorithm):
 
     def normal(self, seed: tf.Tensor, name: str, shape: tuple[int, ...]) -> tf.Tensor:
         """Standard normal noise of the shape [N, K, …], another for every name."""
-        return tf.random.stateless_normal(shape, _named(seed, name), self.dtype)
+        return tf.random.stateless_normal(shape, _named(seed, name), dtype=self.dtype)
 
     def keep(self, seed: tf.Tensor, name: str, shape: tuple[int, ...]) -> tf.Tensor:
         """1 where dropout keeps an entry, else 0, of the shape [n, D]."""

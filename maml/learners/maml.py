@@ -88,10 +88,11 @@ class Maml(Algorithm):
         if self.first_order:
             gradient = [tf.stop_gradient(g) for g in gradient]
         steps = iter([rate * g for rate, g in zip(rates, gradient, strict=True)])
-        return [
+        stepped = [
             weight - next(steps) if adapt else weight
             for weight, adapt in zip(weights, self._adapted, strict=True)
         ]
+        return self.stateless.constrained(stepped, self._adapted)
 
     def outputs(
         self, state: State, x: tf.Tensor, support_x: tf.Tensor | None = None, noise: int | None = None

@@ -117,13 +117,16 @@ class Matching(Metric):
         return flat(embedding), tf.one_hot(labels, classes, dtype=embedding.dtype)
 
     def compared(self, state: Embedded, embedding: tf.Tensor) -> tf.Tensor:
-        """log Σ_{i of class c} a(x, x_i) [n, N], equation 1."""
+        """log p(c) [n, N], bounded so that no p is 0."""
+        return self._log(self.probabilities(state, embedding))
+
+    def probabilities(self, state: Embedded, embedding: tf.Tensor) -> tf.Tensor:
+        """p(c) = Σ_{i of class c} a(x, x_i) [n, N], equation 1, for embeddings [n, …]."""
         support, member = state.support
         queries = flat(embedding)
         if self.full_context != OFF:
             support, queries = self.in_context(state.theta, support, queries)
-        attention = tf.nn.softmax(-self.distance(queries, support))
-        return self._log(attention @ member)
+        return tf.nn.softmax(-self.distance(queries, support)) @ member
 
     def in_context(
         self, theta: Weights, support: tf.Tensor, queries: tf.Tensor

@@ -174,6 +174,10 @@ class Reptile(Algorithm):
         moments = [tf.convert_to_tensor(moment) for moment in moments]
         return _State(list(theta), moments, tf.convert_to_tensor(power), tf.constant(0))
 
+    def fast_weights(self, state: _State) -> Weights:
+        """The network's weights in a task's state."""
+        return state.weights
+
     def step(
         self, state: _State, x: tf.Tensor, y: tf.Tensor, noise: int | None = None
     ) -> tuple[_State, Measures]:

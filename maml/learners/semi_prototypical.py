@@ -26,6 +26,7 @@ from maml.training.adam import ExactAdam
 
 BASIC, KMEANS, CLUSTER, MASK = "basic", "kmeans", "cluster", "mask"
 CODE, PAPER = "code", "paper"
+LAST, ALL = "last", "all"
 INITIAL_RADIUS = 100.0  # of the distractor cluster
 MASK_UNITS = 20
 # The updates after which the authors' code halves β. Its list of rates begins with the initial one, so that
@@ -75,6 +76,9 @@ class SemiPrototypical(Metric):
             "refine_form", CODE, "the authors' code or their paper, where they differ", choices=(CODE, PAPER)
         ),
         Flag("refine_steps", 1, "steps of refinement", lower=1),
+        Flag(
+            "loss_after", LAST, "steps whose loss is trained on: the last, or all's mean", choices=(LAST, ALL)
+        ),
         Flag("num_unlabeled", 5, "M, unlabeled examples per class in training", lower=1),
         Flag(
             "test_num_unlabeled",
@@ -96,6 +100,7 @@ class SemiPrototypical(Metric):
         refine: str = MASK,
         refine_form: str = CODE,
         refine_steps: int = 1,
+        loss_after: str = LAST,
         num_unlabeled: int = 0,
         test_num_unlabeled: int = 0,
         num_distractors: int = 0,
@@ -109,6 +114,8 @@ class SemiPrototypical(Metric):
             refine: "basic", "kmeans", "cluster" or "mask".
             refine_form: "code" or "paper".
             refine_steps: of refinement, in training and at test.
+            loss_after: "last" step, or "all": the mean over the losses after 0…`refine_steps` steps, the
+                code's "allstep".
             num_unlabeled, test_num_unlabeled, num_distractors: read where the data set is made.
             weight_decay: λ.
             options: see `Metric`.
@@ -117,6 +124,7 @@ class SemiPrototypical(Metric):
         self.refine = refine
         self.of_paper = refine_form == PAPER
         self.refine_steps = refine_steps
+        self.loss_after = loss_after
         self.weight_decay = weight_decay
         variables = network.trainable_variables
         self._kernels = [i for i, v in enumerate(variables) if v.name == "kernel" and len(v.shape) == 4]
@@ -233,16 +241,20 @@ class SemiPrototypical(Metric):
             (support, query), moved = self.embedded_in_training(theta, episode.support_x, episode.query_x)
         classes = self.train_num_classes or tf.reduce_max(labels) + 1
         found = self.refined(theta, support, labels, classes, unlabeled)
-        outputs = self.compared(Embedded(theta, found[-1].centers, labels), query)
-        measures = self.measure(outputs, episode.query_y)
+        of_steps = [
+            self.measure(self.compared(Embedded(theta, step.centers, labels), query), episode.query_y)
+            for step in (found if self.loss_after == ALL else found[-1:])
+        ]
+        loss = tf.add_n([step["loss"] for step in of_steps]) / len(of_steps)
+        measures = of_steps[-1] | {"loss": loss}
         squares = [tf.reduce_sum(tf.square(theta[i])) for i in self._kernels]
-        decay = self.weight_decay / 2 * tf.add_n(squares) if squares else tf.zeros_like(measures["loss"])
+        decay = self.weight_decay / 2 * tf.add_n(squares) if squares else tf.zeros_like(loss)
         named = {f"query_{name}": value for name, value in measures.items()}
-        return measures["loss"] + decay, named | {"weight_decay": decay}, moved
+        return loss + decay, named | {"query_decay": decay}, moved
 
     def measure_specs(self) -> dict[str, tf.TensorSpec]:
         """Those on the query set, and the weight decay's part of the loss."""
-        return super().measure_specs() | {"weight_decay": tf.TensorSpec((), self.dtype)}
+        return super().measure_specs() | {"query_decay": tf.TensorSpec((), self.dtype)}
 
 
 def _mask_variables(dtype: str) -> list[keras.Variable]:

@@ -1,13 +1,10 @@
-"""TODO networks.mlp."""
+"""Fully connected networks: the paper's of the sinusoid, and of Omniglot without convolutions."""
 
 from collections.abc import Sequence
 
 import keras
 
 from maml.networks.layers import _exact, _norm
-
-MLP_SINUSOID = (40, 40)
-MLP_IMAGES = (256, 128, 64, 64)
 
 
 def mlp(
@@ -34,7 +31,7 @@ def mlp(
 
     layers: list[keras.layers.Layer] = [keras.layers.Input(input_shape, dtype=_exact(dtype))]
     if len(input_shape) > 1:
-        layers.append(keras.layers.Flatten(dtype=dtype))
+        layers.append(keras.layers.Flatten(dtype=dtype, data_format="channels_last"))
     for i, width in enumerate(hidden):
         layers.append(dense(width, f"dense{i + 1}"))
         layers += _norm(norm, dtype, f"norm{i}")

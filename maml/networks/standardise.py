@@ -1,4 +1,4 @@
-"""TODO networks.standardise."""
+"""Standardizing a matrix over an axis, with exact first and second derivatives, for the norms."""
 
 import functools
 import math

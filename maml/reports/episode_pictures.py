@@ -52,7 +52,7 @@ def draw(
 
 def write_first_episodes(run: "Run", data: "EpisodeSource", settings: Settings) -> None:
     """Shows the first episode of each split in TensorBoard, once per run; for data sets of images."""
-    if not settings.log or not settings.classification or int(run.iteration):
+    if not settings.log or settings.img_size is None or int(run.iteration):
         return
     with tempfile.TemporaryDirectory() as folder:
         for split in ("train", "val", "test"):

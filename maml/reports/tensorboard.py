@@ -163,6 +163,8 @@ def _pictures(
     spec = build.test_spec(settings)
     if not settings.classification:
         return {"curve": curve, "fits": sinusoid_fits.fits_so_far(learner, data, spec, steps)}
+    if settings.img_size is None:  # vectors
+        return {"curve": curve} if steps else {}
     indices = tf.range(1 if spec.query > 2 else 2, dtype=tf.int64)
     episodes = data.sample(spec, "val", indices)
     grid = episode_pictures.predictions(

@@ -20,13 +20,18 @@ def meta_optimizer(algorithm: Algorithm, settings: Settings, iterations: int) ->
         iterations: over which the schedule goes, the optimizer's own: its count is in checkpoints.
 
     Raises:
-        UserError: if `--meta_optimizer=module:Class` names no Keras optimizer.
+        UserError: if `--meta_optimizer=module:Class` names no Keras optimizer, or a schedule is asked of the
+            learner's own.
     """
     name, rate = settings.meta_optimizer, _rate(settings, max(iterations, 1))
     if name is None:
         own = algorithm.meta_optimizer(settings)
         if own is not None and settings.meta_schedule != "constant":
-            own.learning_rate = rate
+            raise UserError(
+                f"--meta_schedule: expected --meta_optimizer with it, got none: --learner={settings.learner} "
+                f"has an optimizer of its own, and its steps. Add --meta_optimizer, or leave out "
+                f"--meta_schedule."
+            )
         return own or Adam(rate)
     kind = load(OPTIMIZERS.get(name, name))
     if not isinstance(kind, type) or not issubclass(kind, keras.optimizers.Optimizer):

@@ -1,4 +1,4 @@
-"""Windows and macOS, as far as Linux can simulate them: what they lack is taken away at the start."""
+"""Windows and macOS, as far as Linux can simulate them: what they lack is taken away before the start."""
 
 import numpy as np
 import pytest
@@ -36,15 +36,12 @@ COMMAND = "from maml.commands import runner; runner.main()"
 
 
 @pytest.mark.parametrize("system", SYSTEMS)
-def test_the_sinusoid_trains_resumes_and_tests(system, tmp_path):
-    for iterations in (100, 200):
-        done = python(
-            "-c", SYSTEMS[system] + COMMAND, f"--logdir={tmp_path}", "--num_test_tasks=4",
-            "--test_num_updates=1",
-            f"--metatrain_iterations={iterations}",
-        )  # fmt: skip
-    assert "resumed from iteration 100 of 200" in done.stdout and "on CPU, " in done.stdout
-    assert (tmp_path / SINUSOID / "results.json").is_file()
+def test_the_sinusoid_trains_and_tests(system, tmp_path):
+    done = python(
+        "-c", SYSTEMS[system] + COMMAND, f"--logdir={tmp_path}", "--num_test_tasks=4", "--test_num_updates=1",
+        "--metatrain_iterations=100", "--nolog",
+    )  # fmt: skip
+    assert "on CPU, " in done.stdout and (tmp_path / SINUSOID / "results.json").is_file()
     refused = python("-c", SYSTEMS[system] + COMMAND, "--lr=3", expect=2)
     assert "Did you mean --update_lr or --meta_lr?" in refused.stderr
 
@@ -62,8 +59,8 @@ def test_photographs_are_classified_on_windows(tmp_path):
     query = photographs(tmp_path / "query", ("1.png",))
     done = python(
         "-c", WINDOWS + COMMAND, "adapt", f"--support={support}", f"--query={query}",
-        f"--out={tmp_path / 'out'}",
-        "--init_from=random", "--num_filters=8", "--img_size=16", "--test_num_updates=1",
+        f"--out={tmp_path / 'out'}", "--init_from=random", "--num_filters=8", "--img_size=16",
+        "--test_num_updates=1",
     )  # fmt: skip
     assert "wrote predictions.csv" in done.stdout
 

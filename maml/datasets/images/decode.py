@@ -1,4 +1,4 @@
-"""TODO datasets.images.decode."""
+"""From encoded images to pixels, and error messages for those that cannot be read."""
 
 import functools
 import hashlib
