@@ -145,7 +145,8 @@ class Leo(Algorithm):
 
     def seed_of(self, x: tf.Tensor) -> tf.Tensor:
         """A task's seed [2], int32, from its embeddings [n, D]: every task has noise of its own."""
-        bits = tf.bitcast(tf.cast(tf.reduce_sum(x * x[:1]), tf.float32), tf.int32)
+        # Integers, whose sum is the same in whatever order it is taken.
+        bits = tf.reduce_sum(tf.bitcast(tf.cast(x, tf.float32), tf.int32))
         return tf.stack([tf.cast(self.iteration % (1 << 31), tf.int32), bits])
 
     def normal(self, seed: tf.Tensor, name: str, shape: tuple[int, ...]) -> tf.Tensor:
