@@ -7,7 +7,7 @@ takes the rest of the way: means over the tasks of a meta-batch, and the update 
 """
 
 from collections.abc import Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import keras
 import tensorflow as tf
@@ -15,7 +15,9 @@ import tensorflow as tf
 from maml.episodes import Episode, EpisodeSpec
 from maml.learners.losses import LossFunction, accuracy, cross_entropy, mean_squared_error
 from maml.networks.stateless import Stateless, Weights, added_losses, gradients, takes_integers, tensors_of
-from maml.settings.settings import Settings
+
+if TYPE_CHECKING:
+    from maml.settings.settings import Settings
 
 Measures = dict[str, tf.Tensor]
 State = Any  # a nested structure of tensors: fast weights, prototypes, a latent code
@@ -110,22 +112,22 @@ class Algorithm:
         self.evaluate = tf.function(self._evaluate, reduce_retracing=True, autograph=False)
 
     @classmethod
-    def arguments(cls, settings: Settings) -> dict[str, object]:
+    def arguments(cls, settings: "Settings") -> dict[str, object]:
         """The keyword arguments that the command line's settings come to, beside those of `Algorithm`."""
         return dict(settings.own)
 
     @classmethod
-    def loss_function(cls, settings: Settings) -> LossFunction:
+    def loss_function(cls, settings: "Settings") -> LossFunction:
         """The loss of a task: the original's two."""
         return cross_entropy(settings.update_batch_size) if settings.classification else mean_squared_error
 
     @classmethod
-    def meta_optimizer(cls, settings: Settings) -> keras.optimizers.Optimizer | None:
+    def meta_optimizer(cls, settings: "Settings") -> keras.optimizers.Optimizer | None:
         """The outer optimizer where the paper's is no Adam of rate β; None: the program's."""
         return None
 
     @classmethod
-    def network_options(cls, settings: Settings) -> dict[str, object]:
+    def network_options(cls, settings: "Settings") -> dict[str, object]:
         """Keyword arguments of the network, beside those that the settings come to, as of `conv4`."""
         return {}
 
