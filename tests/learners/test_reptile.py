@@ -140,7 +140,7 @@ def test_the_tail_is_the_last_mini_batch_and_in_no_other():
 # --- In training ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.long)])
 def test_the_loss_after_adaptation_falls(compiled):
     keras.utils.set_random_seed(4)
     algorithm = Reptile(sine(), mean_squared_error, inner_lr=0.02, inner_iters=5, inner_batch=5)
