@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from maml.training.adam import Adam, TorchAdam
+from maml.training.adam import Adam, ExactAdam, TorchAdam
 
 import keras  # isort: skip
 import tensorflow as tf  # isort: skip
@@ -72,3 +72,18 @@ def test_torch_adam_is_rebuilt_from_its_config():
     again = TorchAdam.from_config(optimizer.get_config())
     assert again.get_config() == optimizer.get_config()
     assert float(again.learning_rate) == 0.002
+
+
+def test_exact_adam_is_tensorflows_form_without_its_rounding():
+    rng = np.random.default_rng(2)
+    variable = keras.Variable(np.ones(5), dtype="float64")
+    optimizer = ExactAdam(0.001)
+    optimizer.build([variable])
+    value, m, v = np.ones(5), np.zeros(5), np.zeros(5)
+    for step in range(1, 6):
+        gradient = 1e-8 * rng.normal(size=5)  # of ε's size, where the forms differ
+        optimizer.apply([tf.constant(gradient)], [variable])
+        m, v = 0.9 * m + (1 - 0.9) * gradient, 0.999 * v + (1 - 0.999) * gradient**2
+        rate = 0.001 * np.sqrt(1 - 0.999**step) / (1 - 0.9**step)
+        value = value - rate * m / (np.sqrt(v) + 1e-8)
+    np.testing.assert_allclose(1 - variable.numpy(), 1 - value, rtol=1e-9)

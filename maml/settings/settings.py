@@ -4,10 +4,8 @@ This module imports nothing heavy: a mistyped flag is answered at once.
 """
 
 import dataclasses
-import hashlib
 import os
 import pathlib
-import re
 from collections.abc import Mapping, Sequence
 
 from absl import flags
@@ -31,10 +29,10 @@ from maml.settings.flags import (
     read,
 )
 from maml.settings.own import DEFAULT_LEARNER, flags_of
+from maml.settings.run_name import NORMS, run_name
+from maml.settings.run_name import RANDOM as RANDOM
 
 FLAGS = flags.FLAGS
-RANDOM = "random"
-NORMS = {"batch_norm": "batchnorm", "layer_norm": "layernorm", "None": "nonorm"}  # and in a run's name
 CHECKPOINTS = ("newest", "best")
 SCHEDULES = ("constant", "cosine", "linear")
 
@@ -271,56 +269,12 @@ class Settings:
     @property
     def run_name(self) -> str:
         """The original's run folder name, extended where its omissions would make runs collide."""
-        name = (
-            f"cls_{self.num_classes}.mbs_{self.meta_batch_size}.ubs_{self.train_update_batch_size}"
-            f".numstep{self.num_updates}.updatelr{self.train_update_lr}"
-        )
-        name += f"hidden{self.num_filters}" if self.num_filters != 64 else ""
-        name += "maxpool" if self.max_pool else ""
-        name += "stopgrad" if self.stop_grad else ""
-        name += (self.baseline or "") + NORMS[self.norm]
-        return name + "".join(f".{part}" for part in self._name_parts() if part)
-
-    def _name_parts(self) -> list[str | None]:
-        """What the original's name leaves out; None where it is as there."""
-        data, start = self.dataset, None
-        if self.init_from == RANDOM:
-            start = "from-random"
-        elif self.init_from:
-            where = str(pathlib.Path(self.init_from).resolve())
-            start = f"from-{hashlib.sha256(where.encode()).hexdigest()[:8]}"
-        if data.is_data_dir:  # it is its own name
-            source = f"{self.datasource}-{pathlib.Path(self.data_dir).resolve().stem}"
-        else:
-            source = self.datasource if data.in_run_name else None
-        network = "noconv" if self.network == "mlp" else self.network
-        of_adam = self.meta_optimizer in (None, "adam" if self.learner == DEFAULT_LEARNER else None)
-        joint = self.pretrain_iterations and not self.baseline
-        return [
-            None if self.learner == DEFAULT_LEARNER else _part(self.learner),
-            None if self.network == data.network else _part(network),
-            None if of_adam else _part(self.meta_optimizer),
-            None if self.meta_schedule == "constant" else self.meta_schedule,
-            f"metalr{self.meta_lr}" if self.meta_lr != 0.001 else None,
-            f"query{self.num_query}" if self.num_query != self.train_update_batch_size else None,
-            f"pretrain{self.pretrain_iterations}" if joint else None,
-            source and _part(source),
-            f"split-{_part(pathlib.Path(self.class_split).resolve().stem)}" if self.class_split else None,
-            "bfloat16" if self.mixed_precision else None,
-            f"img{self.img_size}" if self.img_size != data.side else None,
-            start,
-            f"seed{self.seed}" if self.seed else None,
-        ]
+        return run_name(self)
 
     @property
     def run_dir(self) -> pathlib.Path:
         """Folder of this run."""
         return pathlib.Path(self.logdir) / self.run_name
-
-
-def _part(text: str) -> str:
-    """As a part of a file name; the names of classes and paths have other characters."""
-    return re.sub(r"[^a-zA-Z0-9_-]+", "-", text)
 
 
 define(FLAGS, Settings)

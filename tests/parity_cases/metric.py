@@ -209,13 +209,15 @@ def protonet(case: Case) -> Errors:
 def matching(case: Case) -> Errors:
     """oscarknagg's code; its context as it is, or easyfsl's, which is the paper's."""
     context = case.settings["full_context"].split(":")[0]
+    distance = "euclidean" if case.settings["distance"] in ("l2", "euclidean") else "cosine"
     options = dict(
         full_context={"none": "off", "oscarknagg": "code", "paper": "paper"}[context],
         attention_steps=case.settings["attention_steps"],
         train_num_classes=case.settings["way"],
     )
     network = encoder(case)
-    algorithm = Matching(network, max_norm=case.settings["clip_global_norm"], **options)
+    bound = case.settings["clip_global_norm"]
+    algorithm = Matching(network, distance=distance, max_norm=bound, **options)
     variables, episode = names_of(network), episode_of(case)
     names = [f"{lstm}/{part}" for lstm in ("g_fw", "g_bw", "f") for part in LstmWeights._fields]
     variables |= dict(zip(names, algorithm.extra_variables, strict=False))
