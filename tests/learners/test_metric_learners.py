@@ -187,7 +187,7 @@ def test_chunks_of_tasks_agree(name):
     close(results[1], results[0])
 
 
-@pytest.mark.parametrize("name", ["prototypical", "relation"])
+@pytest.mark.parametrize("name", ["prototypical"])
 def test_tasks_in_one_batch_under_xla_agree_with_one_by_one(name):
     batch = episodes(name, 3)
     results = []
@@ -231,7 +231,7 @@ def test_it_learns_and_all_it_has_learned_is_saved_and_restored(name, tmp_path):
     assert np.abs(before.predictions - after.predictions).max() > 1e-4
 
 
-@pytest.mark.parametrize("name", ["prototypical", "cluster", "matching", "relation", "siamese, balanced"])
+@pytest.mark.parametrize("name", ["prototypical", "cluster", "siamese, balanced"])
 def test_any_number_of_classes_and_steps_is_evaluated_without_retraining(name):
     algorithm = learner(name, train_num_classes=WAY)
     extra = name == "cluster"

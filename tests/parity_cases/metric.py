@@ -253,7 +253,6 @@ def _matching_outputs(case: Case, algorithm: Matching, episode: Episode, group: 
     if algorithm.full_context != "off":
         g, f = algorithm.in_context(theta, support, query)
     _, measures, _ = algorithm.episode_loss(theta, episode)
-    gradient = raw_gradient(algorithm, episode)
     found = {
         "embedding": np.concatenate([support, query]),
         "distances": algorithm.distance(f, g),
@@ -263,8 +262,10 @@ def _matching_outputs(case: Case, algorithm: Matching, episode: Episode, group: 
         "accuracy": measures["query_accuracy"],
         "context_support": g,
         "context_query": f,
-        "grad_norm": np.sqrt(sum(np.sum(np.square(part)) for part in gradient)),
     }
+    if f"{group}grad_norm" in case.arrays:
+        squares = [np.sum(np.square(part)) for part in raw_gradient(algorithm, episode)]
+        found["grad_norm"] = np.sqrt(sum(squares))
     return compared({name: found[name] for name in case.group(group)}, case, group)
 
 
