@@ -35,7 +35,7 @@ def long_description(repository: str | None) -> str:
 setuptools.setup(
     name="maml-keras",
     version=VERSION,
-    description="Model-agnostic meta-learning (Finn, Abbeel & Levine, ICML 2017) in TensorFlow 2 and Keras 3",
+    description="Few-shot learning in TensorFlow 2 and Keras 3: MAML and twelve more learners",
     long_description=long_description(REPOSITORY and REPOSITORY[1]),
     long_description_content_type="text/markdown",
     license="MIT",
@@ -80,7 +80,7 @@ setuptools.setup(
         "tqdm>=4.66",
     ],
     extras_require={
-        "docs": ["mkdocs>=1.6", "mkdocs-material>=9.5", "mkdocstrings-python>=1.12"],
+        "docs": ["mkdocs>=1.6.1", "mkdocs-material>=9.8", "mkdocstrings-python>=2", "ruff==0.17.5"],
         "test": [
             "hypothesis>=6",
             "import-linter>=2",

@@ -1,8 +1,8 @@
 """What the site has beside the pages of docs/: the README as its home page, and the tutorial.
 
-A hook of MkDocs, see mkdocs.yml. Links are written for the repository, where every file can be reached; here
-those to files outside docs/ become links to the repository, whose address is in CITATION.cff
-(`repository-code`), or plain text where there is none yet, and the quoted code gets its file as a title.
+A hook of MkDocs, see mkdocs.yml. Links are written for the repository, where every file can be reached. On
+the site, those to files outside docs/ become links to the repository, whose address is in CITATION.cff
+(`repository-code`), or plain text where there is none yet; quoted code gets its file as a title.
 """
 
 import base64

@@ -9,10 +9,10 @@ pixels are 0…255, the model begins with `keras.layers.Rescaling(1 / 255)`.
 
 import sys
 
-import keras
-
 from maml import EpisodeSpec, Learner, conv4, cross_entropy
 from maml.datasets.omniglot import load_omniglot
+
+import keras  # isort: skip
 
 
 def main(data_dir: str, path: str, iterations: int = 500) -> float:

@@ -5,10 +5,11 @@ A task is a sine wave of any height and shift, of which ten points are known. Ha
 
 from collections.abc import Iterator
 
-import keras
 import numpy as np
 
 from maml import Learner
+
+import keras  # isort: skip
 
 
 def waves(seed: int, points: int = 10) -> Iterator[tuple[np.ndarray, ...]]:

@@ -17,6 +17,9 @@ __version__ = "0.1.0"
 # Set TF_CPP_MIN_LOG_LEVEL=0 to see them again, for instance when a GPU is not found.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
+# Keras' too; a backend that was asked for otherwise is refused by `maml.process.silent_start`.
+os.environ.setdefault("KERAS_BACKEND", "tensorflow")
+
 # Where the library's names live. They are imported when they are first used, because TensorFlow takes
 # seconds to start.
 _HOMES = {
@@ -32,6 +35,8 @@ _HOMES = {
     "UserError": "errors",
     "conv4": "networks.conv4",
     "cross_entropy": "learners.losses",
+    "difference": "learners.comparison",
+    "evaluate": "learners.comparison",
     "load_run": "runs.load",
     "mean_squared_error": "learners.losses",
     "mlp": "networks.mlp",
@@ -46,6 +51,8 @@ if TYPE_CHECKING:
     from maml.episodes import EpisodeSpec as EpisodeSpec
     from maml.errors import Failure as Failure
     from maml.errors import UserError as UserError
+    from maml.learners.comparison import difference as difference
+    from maml.learners.comparison import evaluate as evaluate
     from maml.learners.library import Learner as Learner
     from maml.learners.losses import cross_entropy as cross_entropy
     from maml.learners.losses import mean_squared_error as mean_squared_error

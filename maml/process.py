@@ -9,6 +9,8 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from typing import TextIO
 
+from maml.errors import UserError
+
 
 class Terminated(KeyboardInterrupt):
     """The program was sent SIGTERM, which it answers as it does Ctrl-C, or nobody reads what it prints."""
@@ -119,7 +121,15 @@ def silent_start() -> Iterator[None]:
     """Holds back what TensorFlow's libraries print while they load, unless TF_CPP_MIN_LOG_LEVEL asks for it.
 
     They write to the file descriptor, before any Python setting can reach them.
+
+    Raises:
+        UserError: if Keras is to compute with anything but TensorFlow; before it is imported.
     """
+    backend = os.environ.get("KERAS_BACKEND", "tensorflow")
+    if backend != "tensorflow":
+        raise UserError(
+            f"KERAS_BACKEND: expected tensorflow, got {backend}. Unset it, or set it to tensorflow."
+        )
     if os.environ["TF_CPP_MIN_LOG_LEVEL"] != "3":
         yield
         return

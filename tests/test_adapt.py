@@ -23,7 +23,7 @@ from maml.reports import contact_sheet, predictions
 from maml.reports.predictions import Predictions
 from maml.runs import build
 from maml.runs.folder import Run
-from maml.runs.load import trained_network
+from maml.runs.load import trained
 from maml.settings.settings import parse
 from tests.learning import Meta
 from tests.test_cli import python
@@ -82,6 +82,12 @@ def random_photographs(labels: list[int], seed: int, channels: int = 3) -> Photo
     return Photographs(names, pixels, np.array(labels, np.int32), tuple(map(str.encode, names)), 0)
 
 
+def adapted(algorithm, settings, support, query, *, way: int, transductive: bool = False) -> Predictions:
+    learner = adapt.adapting(algorithm, settings, support, way=way, prototypes=False)
+    steps = settings.test_num_updates
+    return adapt.adapt(learner, support, query, steps=steps, transductive=transductive)
+
+
 # --- The predictions ----------------------------------------------------------------------------------
 
 
@@ -91,8 +97,9 @@ def test_published_weights_predict_as_the_learner_on_the_same_episode(photograph
     read = Reader(functools.partial(decode.decode_photograph, side=84), shape)
     classes, support = read.support(photographs / "support", 5)
     query = read.query(photographs / "query", classes)
-    network, _ = trained_network(settings, from_run=False)
-    found = adapt.adapt(network, settings, support, query, way=5)
+    algorithm, _ = trained(settings, from_run=False)
+    network = algorithm.network
+    found = adapted(algorithm, settings, support, query, way=5)
 
     def drawn(part: str) -> tuple[tf.Tensor, tf.Tensor]:
         files = [(c, f) for c, name in enumerate(classes) for f in (photographs / part / name).iterdir()]
@@ -124,9 +131,10 @@ def test_outputs_without_a_class_have_no_part_in_loss_or_gradient():
     With batch norm over the query set, where the test above has it by the support set's statistics.
     """
     settings = network_settings(None, "random", [*SMALL, "--update_lr=0.1"])
-    network, _ = trained_network(settings, from_run=False)
+    algorithm, _ = trained(settings, from_run=False)
+    network = algorithm.network
     support, query = random_photographs([0, 1, 1, 2, 2, 2], 0), random_photographs([0, 1], 1)
-    found = adapt.adapt(network, settings, support, query, way=3, transductive=True)
+    found = adapted(algorithm, settings, support, query, way=3, transductive=True)
     assert found.probabilities.shape == (4, 2, 3)
 
     logits = network(support.pixels / np.float32(255), training=True).numpy()[:, :3].astype(np.float64)
@@ -152,10 +160,10 @@ def test_outputs_without_a_class_have_no_part_in_loss_or_gradient():
 def test_adaptation_that_diverges_is_said():
     settings = network_settings(None, "random", [*SMALL, "--norm=None"])
     settings = dataclasses.replace(settings, update_lr=1e30)
-    network, _ = trained_network(settings, from_run=False)
+    algorithm, _ = trained(settings, from_run=False)
     images = random_photographs([0, 1], 0)
-    with pytest.raises(Failure, match=r"not finite after \d steps of α = 1e\+30\. Try a smaller --update_lr"):
-        adapt.adapt(network, settings, images, images, way=2)
+    with pytest.raises(Failure, match=r"not finite after \d steps\. Try a smaller --update_lr"):
+        adapted(algorithm, settings, images, images, way=2)
 
 
 def test_a_run_of_omniglot_takes_colour_photographs(tmp_path, monkeypatch):
@@ -169,7 +177,8 @@ def test_a_run_of_omniglot_takes_colour_photographs(tmp_path, monkeypatch):
     folder.end()
 
     settings = network_settings(str(folder.dir), None, ["--test_num_updates=2"])
-    network, iteration = trained_network(settings, from_run=True)
+    algorithm, iteration = trained(settings, from_run=True)
+    network = algorithm.network
     assert iteration == 7
     for own, saved in zip(network.trainable_variables, learner.network.trainable_variables, strict=True):
         np.testing.assert_array_equal(own, saved)
@@ -179,7 +188,7 @@ def test_a_run_of_omniglot_takes_colour_photographs(tmp_path, monkeypatch):
     assert [support.pixels[i].mean() for i in range(3)] == [1, 1, 0]  # dark is ink
     query = support._replace(pixels=support.pixels[[0, 2, 1]])
     monkeypatch.setattr(adapt, "AT_ONCE", 2)  # two parts, the last of which is filled up
-    found = adapt.adapt(network, settings, support, query, way=len(classes)).probabilities
+    found = adapted(algorithm, settings, support, query, way=len(classes)).probabilities
     assert found.shape == (3, 3, 2)
     np.testing.assert_allclose(found[:, 0], found[:, 2], rtol=1e-5)
     assert (found[1:, 0] != found[1:, 1]).all()

@@ -107,7 +107,7 @@ def test_the_picture_has_a_column_per_class_and_the_support_above(tmp_path, monk
         ),  # the test split has too few classes, which is no mistake
         ({"num_classes": 2}, {"train": "train", "val": "validation", "test": "validation"}),
         ({"log": False}, {}),
-        ({"classification": False}, {}),
+        ({"img_size": None}, {}),
         ({"iteration": 10}, {}),
     ],
 )
@@ -115,7 +115,7 @@ def test_a_new_run_shows_its_first_episodes(change, shown):
     images = np.zeros((3, 2, 8, 8, 3), np.uint8)
     splits = {split: ClassImages.in_memory(images[:n]) for split, n in dict(train=3, val=3, test=2).items()}
     flags = dict(datasource="folder", num_classes=3, update_batch_size=1, num_query=1, test_num_query=1)
-    flags |= dict(seed=0, log=True, classification=True, dataset=tables.DATASETS["folder"], own={})
+    flags |= dict(seed=0, log=True, img_size=8, dataset=tables.DATASETS["folder"], own={})
     settings = types.SimpleNamespace(**flags | change)
     written = {}
 

@@ -72,7 +72,7 @@ def test_classes_can_be_listed_and_of_unequal_sizes():
     seen = source.sample(EpisodeSpec(2, 1, 2, 0), "train", tf.range(300, dtype=tf.int64))
     x = np.concatenate([seen.support_x, seen.query_x], axis=1)[..., 0].ravel()
     assert set(x) == {2.0 * row for row in [*range(3), *range(13, 30)]}
-    with pytest.raises(UserError, match="need 4 examples of every class; found 3 of train class 0"):
+    with pytest.raises(UserError, match="expected 4 examples of every class, got 3 of train class 0"):
         source.check(EpisodeSpec(2, 1, 3, 0), "train")
     with pytest.raises(UserError, match="expected val classes, got train, test alone"):
         source.check(EpisodeSpec(2, 1, 3, 0), "val")

@@ -28,12 +28,15 @@ EXAMPLE = "examples/batch_norm_second_derivative.py"
 
 OTHER_PROGRAMS = ("pip ", "uv ", "tensorboard ", "tfds ", "python -m venv ", "/tmp/")
 OTHER_MODULES = {"pytest"}
-OTHER_FLAGS = {"flagfile", "helpshort", "helpfull", "verbosity"}  # absl's
-LIBRARIES = {"tf", "tfds", "keras", "np", "os", "yaml"}
-# The original's names, TensorFlow's, and a host's.
+OTHER_FLAGS = {"flagfile", "help", "helpshort", "helpfull", "version", "verbosity"}  # absl's
+LIBRARIES = {"tf", "tfds", "keras", "np", "os", "yaml", "l2l", "learn2learn", "nn", "torch"}
+# The original's names, TensorFlow's, a host's, and learn2learn's.
 OTHER_NAMES = {
     "cbfinn", "forward_conv", "task_metalearn", "construct_conv_weights", "DataGenerator", "inputa", "labela",
     "inputb", "labelb", "MaxPoolGradGrad", "api.osv.dev",
+    "MetaSGD", "LightningANIL", "LightningPrototypicalNetworks", "GBML", "ParameterUpdate", "Taskset",
+    "NWays", "KShots", "RemapLabels", "ConsecutiveLabels", "MetaDataset", "get_tasksets", "train_samples",
+    "BatchNorm2d",
 }  # fmt: skip
 FENCE = re.compile(r"^```(\w*) ?(\S*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\[[^]]*\]\(([^)\s]+)\)")
@@ -110,12 +113,12 @@ def our_flags() -> dict[str, object]:
 
 @functools.cache
 def all_flags() -> set[str]:
-    """Those of `main.py` and of the other commands."""
+    """Those of a run, of the learners and of the commands."""
     calls = (node for tree in trees().values() for node in ast.walk(tree) if isinstance(node, ast.Call))
     defined = {
         str(call.args[0].value).lstrip("-")
         for call in calls
-        if re.match("DEFINE_|add_argument", getattr(call.func, "attr", ""))
+        if re.match("DEFINE_|add_argument|Flag$", getattr(call.func, "attr", getattr(call.func, "id", "")))
         and call.args
         and isinstance(call.args[0], ast.Constant)
     }
@@ -160,7 +163,7 @@ def wrong_in(text: str) -> list[str]:
 def is_path(text: str) -> bool:
     """Whether it is meant as a path of ours."""
     inside = re.fullmatch(rf"({'|'.join(FOLDERS)})/[\w.{{}},*/-]*", text)
-    return bool(inside or re.fullmatch(r"\w[\w*-]*\.(py|md|cff|toml|flags)", text))
+    return bool(inside or re.fullmatch(r"\w[\w*-]*\.(py|md|cff|toml|yml|flags)", text))
 
 
 def is_module(dotted: str) -> bool:

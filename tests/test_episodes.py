@@ -215,8 +215,8 @@ def test_the_sinusoid_is_what_the_oracle_is_told():
 @pytest.mark.parametrize(
     ("spec", "found", "needed"),
     [
-        (EpisodeSpec(5, 1, 1, 0), "found 4 train classes", "need 5 classes"),
-        (EpisodeSpec(4, 2, 5, 0), "found 6 of train class 0 (4 classes", "need 7 images of every class"),
+        (EpisodeSpec(5, 1, 1, 0), "got 4 train classes", "expected 5 classes"),
+        (EpisodeSpec(4, 2, 5, 0), "got 6 of train class 0 (4 classes", "expected 7 images of every class"),
     ],
 )
 def test_too_few_classes_or_images_are_refused_with_both_numbers(spec, found, needed):

@@ -65,7 +65,7 @@ def test_nothing_else_is_recorded():
 def test_the_commands_of_the_readme_install_the_recorded_set():
     commands = re.findall(r"^pip install .*", (ROOT / "README.md").read_text(), re.MULTILINE)
     assert commands == [
-        "pip install -e . -c constraints.txt && python main.py",
+        "pip install -e . -c constraints.txt && maml",
         "pip install -e '.[test]' -c constraints.txt && python -m pytest -n 2",
     ]
 
@@ -81,7 +81,7 @@ def test_the_gate_runs_the_command_of_the_readme():
 def test_the_distribution_is_not_called_as_another_project_and_the_command_is(described):
     assert described["name"] == "maml-keras"
     assert described["packages"][0] == "maml"
-    assert described["entry_points"]["console_scripts"] == ["maml=maml.cli:run"]
+    assert described["entry_points"]["console_scripts"] == ["maml=maml.commands.runner:main"]
     for page in ("README.md", "docs/contributing.md"):
         assert "`maml-keras`" in (ROOT / page).read_text()
 

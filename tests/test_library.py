@@ -128,7 +128,7 @@ from maml import UserError
 assert "tensorflow" not in sys.modules
 import keras, numpy as np
 from maml import EpisodeSpec, Learner
-from maml.datasets import Sinusoid
+from maml.datasets.sinusoid import Sinusoid
 loaded = keras.saving.load_model("adapted.keras")
 np.save("found.npy", loaded.predict(np.load("x.npy"), verbose=0))
 model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1)])

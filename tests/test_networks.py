@@ -272,7 +272,7 @@ def slope(function, x: np.ndarray, direction: np.ndarray) -> float:
 def every_rule(request, monkeypatch):
     """Small maps take the plain rules, large ones the compiled; here both are small."""
     if request.param == "compiled":
-        monkeypatch.setattr(standardise, "LARGE_MAP", 1)
+        monkeypatch.setattr(standardise_module, "LARGE_MAP", 1)
 
 
 @pytest.mark.parametrize("axis", [0, 1])

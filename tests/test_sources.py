@@ -388,5 +388,5 @@ def test_a_missing_folder_or_odd_file_is_refused(tmp_path):
 
 def test_too_few_images_in_a_class_name_it(tmp_path):
     tree = without("val/val1/2", "val/val1/3")
-    with pytest.raises(UserError, match="need 3 images of every class; found 2 of val class val1"):
+    with pytest.raises(UserError, match="expected 3 images of every class, got 2 of val class val1"):
         load(written(tmp_path, tree)).check(EpisodeSpec(3, 1, 2, 0), "val")

@@ -80,7 +80,7 @@ class ImageClasses:
         )
         if len(names) < spec.way:
             raise UserError(
-                f"{self.name}: {episodes} need {spec.way} classes; found {len(names)} {split} classes. "
+                f"{self.name}: {episodes}: expected {spec.way} classes, got {len(names)} {split} classes. "
                 f"Lower --num_classes, or add classes."
             )
         small = np.flatnonzero(counts < needed)
@@ -88,7 +88,7 @@ class ImageClasses:
             which = small[np.argmin(counts[small])]
             others = f" ({len(small)} classes have too few)" if len(small) > 1 else ""
             raise UserError(
-                f"{self.name}: {episodes} need {needed} {one}s of every class; found {counts[which]} of "
+                f"{self.name}: {episodes}: expected {needed} {one}s of every class, got {counts[which]} of "
                 f"{split} class {names[which]}{others}. Lower --update_batch_size or the query "
                 f"{one}s, or remove or fill such classes."
             )

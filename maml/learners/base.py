@@ -7,15 +7,17 @@ takes the rest of the way: means over the tasks of a meta-batch, and the update 
 """
 
 from collections.abc import Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import keras
 import tensorflow as tf
 
 from maml.episodes import Episode, EpisodeSpec
-from maml.learners.losses import LossFunction, cross_entropy, mean_squared_error
-from maml.networks.stateless import Stateless, Weights, gradients, takes_integers
-from maml.settings.settings import Settings
+from maml.learners.losses import LossFunction, accuracy, cross_entropy, mean_squared_error
+from maml.networks.stateless import Stateless, Weights, added_losses, gradients, takes_integers, tensors_of
+
+if TYPE_CHECKING:
+    from maml.settings.settings import Settings
 
 Measures = dict[str, tf.Tensor]
 State = Any  # a nested structure of tensors: fast weights, prototypes, a latent code
@@ -98,6 +100,7 @@ class Algorithm:
         self.stateless = Stateless(network)
         self.loss = loss
         self.classification = classification
+        self.metrics = getattr(loss, "metrics", {"accuracy": accuracy} if classification else {})
         self.inner_steps = inner_steps
         self.clip = clip
         self.extra_variables: list[keras.Variable] = []
@@ -109,22 +112,22 @@ class Algorithm:
         self.evaluate = tf.function(self._evaluate, reduce_retracing=True, autograph=False)
 
     @classmethod
-    def arguments(cls, settings: Settings) -> dict[str, object]:
+    def arguments(cls, settings: "Settings") -> dict[str, object]:
         """The keyword arguments that the command line's settings come to, beside those of `Algorithm`."""
         return dict(settings.own)
 
     @classmethod
-    def loss_function(cls, settings: Settings) -> LossFunction:
+    def loss_function(cls, settings: "Settings") -> LossFunction:
         """The loss of a task: the original's two."""
         return cross_entropy(settings.update_batch_size) if settings.classification else mean_squared_error
 
     @classmethod
-    def meta_optimizer(cls, settings: Settings) -> keras.optimizers.Optimizer | None:
+    def meta_optimizer(cls, settings: "Settings") -> keras.optimizers.Optimizer | None:
         """The outer optimizer where the paper's is no Adam of rate β; None: the program's."""
         return None
 
     @classmethod
-    def network_options(cls, settings: Settings) -> dict[str, object]:
+    def network_options(cls, settings: "Settings") -> dict[str, object]:
         """Keyword arguments of the network, beside those that the settings come to, as of `conv4`."""
         return {}
 
@@ -223,12 +226,13 @@ class Algorithm:
         return state, history
 
     def measure(self, outputs: tf.Tensor, y: tf.Tensor) -> Measures:
-        """The loss and, for classification, the accuracy of outputs [n, outputs] against targets y."""
-        measures = {"loss": self.loss(y, outputs)}
-        if self.classification:
-            hits = tf.equal(tf.argmax(outputs, axis=-1, output_type=y.dtype), y)
-            measures["accuracy"] = tf.reduce_mean(tf.cast(hits, outputs.dtype))
-        return measures
+        """The loss and, for classification, the accuracy of outputs [n, outputs] against targets y.
+
+        What layers of the network add to the loss, regularizers included, is part of it.
+        """
+        loss, added = self.loss(y, outputs), added_losses(outputs)
+        measures = {"loss": loss if added is None else loss + added}
+        return measures | {name: metric(y, outputs) for name, metric in self.metrics.items()}
 
     def to_floating(self, episodes: Episode) -> Episode:
         """Pixels travel as uint8 and become floating point here, divided by `scale`, on the device.
@@ -239,14 +243,11 @@ class Algorithm:
         def convert(x: tf.Tensor) -> tf.Tensor:
             return tf.cast(tf.cast(x, tf.float32) / self._scale if x.dtype == tf.uint8 else x, self.dtype)
 
-        inputs = (lambda x: x) if takes_integers(self.network) else convert
-        targets = (lambda y: y) if self.classification else convert
-        return episodes._replace(
-            **{
-                name: (targets if name.endswith("_y") else inputs)(x)
-                for name, x in episodes._asdict().items()
-            }
-        )
+        def floating(name: str, x: object) -> object:
+            fixed = self.classification if name.endswith("_y") else takes_integers(self.network)
+            return x if fixed else tf.nest.map_structure(convert, x)
+
+        return episodes._replace(**{name: floating(name, x) for name, x in episodes._asdict().items()})
 
     def _evaluate(self, episodes: Episode, steps: tf.Tensor, transductive: bool = True) -> Adaptation:
         """Adapts to every task for any number of steps, and measures before and after each.
@@ -281,12 +282,13 @@ class Algorithm:
             return tf.nest.map_structure(lambda a: a.stack(), records)
 
         kinds = dict.fromkeys(self._kinds(), self.dtype)
+        outputs = tf.nest.map_structure(lambda _: self.dtype, tensors_of(self.network, "output"))
         return tf.map_fn(
             one_task,
             episodes,
-            fn_output_signature=Adaptation(kinds, kinds, self.dtype),
+            fn_output_signature=Adaptation(kinds, kinds, outputs),
             parallel_iterations=self._tasks_at_once,
         )
 
     def _kinds(self) -> list[str]:
-        return ["loss"] + ["accuracy"] * self.classification
+        return ["loss", *self.metrics]

@@ -1,7 +1,11 @@
 """First-order MAML (Finn, Abbeel & Levine, ICML 2017, section 5.2)."""
 
+from typing import TYPE_CHECKING
+
 from maml.learners.maml import Maml
-from maml.settings.settings import Settings
+
+if TYPE_CHECKING:
+    from maml.settings.settings import Settings
 
 
 class Fomaml(Maml):
@@ -15,6 +19,6 @@ class Fomaml(Maml):
         super().__init__(network, loss, first_order=first_order, **options)
 
     @classmethod
-    def arguments(cls, settings: Settings) -> dict[str, object]:
+    def arguments(cls, settings: "Settings") -> dict[str, object]:
         """Those of `Maml`, first order whatever `--stop_grad` is."""
         return super().arguments(settings) | {"first_order": True}

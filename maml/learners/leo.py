@@ -6,7 +6,7 @@ program there are K codes and weight vectors per class, whose logits are average
 sample, and penalties are means. Examples may be in any order, but every class of an episode has as many.
 """
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import keras
 import tensorflow as tf
@@ -18,7 +18,9 @@ from maml.learners.losses import LossFunction, mean_cross_entropy
 from maml.learners.maml import joined
 from maml.networks.stateless import Weights, gradients
 from maml.settings.own import Flag
-from maml.settings.settings import Settings
+
+if TYPE_CHECKING:
+    from maml.settings.settings import Settings
 
 KERNELS = ("encoder", "relation1", "relation2", "relation3", "decoder")
 MIN_DEVIATION = 1e-10
@@ -124,18 +126,18 @@ class Leo(Algorithm):
         ]
 
     @classmethod
-    def arguments(cls, settings: Settings) -> dict[str, object]:
+    def arguments(cls, settings: "Settings") -> dict[str, object]:
         """N and its own flags, but that of the network."""
         own = {name: value for name, value in super().arguments(settings).items() if name != "num_latents"}
         return own | {"way": settings.num_classes, "clip": None}
 
     @classmethod
-    def loss_function(cls, settings: Settings) -> LossFunction:
+    def loss_function(cls, settings: "Settings") -> LossFunction:
         """The mean over the examples."""
         return mean_cross_entropy
 
     @classmethod
-    def network_options(cls, settings: Settings) -> dict[str, object]:
+    def network_options(cls, settings: "Settings") -> dict[str, object]:
         """L."""
         return {"latents": settings.own.get("num_latents", 64)}
 
@@ -143,7 +145,8 @@ class Leo(Algorithm):
 
     def seed_of(self, x: tf.Tensor) -> tf.Tensor:
         """A task's seed [2], int32, from its embeddings [n, D]: every task has noise of its own."""
-        bits = tf.bitcast(tf.cast(tf.reduce_sum(x * x[:1]), tf.float32), tf.int32)
+        # Integers, whose sum is the same in whatever order it is taken.
+        bits = tf.reduce_sum(tf.bitcast(tf.cast(x, tf.float32), tf.int32))
         return tf.stack([tf.cast(self.iteration % (1 << 31), tf.int32), bits])
 
     def normal(self, seed: tf.Tensor, name: str, shape: tuple[int, ...]) -> tf.Tensor:

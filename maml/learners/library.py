@@ -1,4 +1,8 @@
-"""MAML of a Keras model of one's own, by the inner and outer loop of the program."""
+"""The library: few-shot learning of any Keras model, by the inner and outer loop of the program."""
+
+import os
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 
 import keras
 import numpy as np
@@ -7,26 +11,32 @@ from tqdm import tqdm
 
 from maml.episodes import Episode, EpisodeSpec
 from maml.errors import Failure, UserError
-from maml.learners.base import Algorithm
-from maml.learners.losses import LossFunction, is_custom, scalar_loss, takes_labels
+from maml.learners import saving
+from maml.learners.base import Algorithm, State
+from maml.learners.gradient_check import GradientCheck
+from maml.learners.losses import Loss, ScalarLoss, is_custom, takes_labels
+from maml.learners.maml import Maml
 from maml.learners.options import (
+    Assembly,
     algorithm_class,
     check_above_zero,
     check_options,
     check_whole,
     chosen_optimizer,
+    grown,
 )
-from maml.networks.checks import copy_of, is_batched, refuse_unfit, with_exact_norms
-from maml.networks.stateless import Weights
+from maml.learners.proof import Proof, check_surroundings
+from maml.learners.unequal import UnequalTasks
+from maml.learners.watching import Watch
+from maml.networks import copies
+from maml.networks.checks import check_built, check_model
+from maml.networks.stateless import Weights, tensors_of
 from maml.training import given
-from maml.training.evaluate import TestResult, measure_tasks
-from maml.training.given import Episodes, Needs
-from maml.training.loop import METATRAIN, Phase, updates
+from maml.training.evaluate import TestResult, joined, measure_tasks
+from maml.training.given import Arrays, Episodes, Needs
+from maml.training.loop import METATRAIN, Block, Phase, Update, updates
 from maml.training.outer_loop import OuterLoop
 from maml.training.progress import COMPILING, Smoothed
-from maml.training.task_map import TaskMap
-
-Loss = str | keras.losses.Loss | LossFunction
 
 
 class Learner:
@@ -42,7 +52,7 @@ class Learner:
     judged by.
 
     Attributes:
-        model: its weights are the meta-learned initialisation θ.
+        model: its weights are the meta-learned initialization θ.
         algorithm: the `maml.learners.base.Algorithm` that computes.
         outer: the `OuterLoop` that updates it.
         iteration: updates made.
@@ -58,6 +68,7 @@ class Learner:
         inner_steps: int = 1,
         first_order: bool | None = None,
         classification: bool | None = None,
+        metrics: Sequence = (),
         meta_lr: float | None = None,
         meta_optimizer: keras.optimizers.Optimizer | None = None,
         clip: float | None = None,
@@ -71,16 +82,20 @@ class Learner:
 
         Training changes the weights of the model itself or, with `swap_norms`, of `learner.model`. All
         trainable weights are meta-learned, and all adapted, but those of layers with an attribute
-        `adapted = False`: maml's BatchNorm and LayerNorm, and any you set it on. Dropout and other noise
-        is on in `fit`, with other noise for every iteration, inner step and query set, the same for the
-        tasks of an iteration; it is off in `adapt` and `evaluate`, which are deterministic.
+        `adapted = False`: maml's BatchNorm and LayerNorm, and any you set it on. Both that and `trainable`
+        may change between calls. The loss is what Keras would minimize: regularizers and `add_loss` are part
+        of it in the inner and the outer loop, masks count, and constraints hold after every step of either.
+        Dropout and other noise is on in `fit`, with other noise for every iteration, inner step and query
+        set, the same for the tasks of an iteration; it is off in `adapt` and `evaluate`, which are
+        deterministic.
 
         Args:
-            model: of one input and one output. It is given pixels as they are: for those of 0…255 it begins
-                with `keras.layers.Rescaling(1 / 255)`. Integer inputs (for Embedding) are never cast.
+            model: given pixels as they are: for those of 0…255 it begins with
+                `keras.layers.Rescaling(1 / 255)`. Integer inputs (for Embedding) are never cast.
             loss: a Keras loss or its name, or a function of (targets, outputs); a mean is taken of what
                 it returns. Keras' are means over the examples, the paper's code's is
-                `maml.cross_entropy(K)`, whose gradients are N times as long.
+                `maml.cross_entropy(K)`, whose gradients are N times as long. For several outputs a dict,
+                tuple or list of these, as the model has them; the sum is minimized.
             algorithm: a name of `maml.tables.LEARNERS`, "module:Class", or a subclass of
                 `maml.learners.base.Algorithm`.
             inner_lr: α, the step size of the inner loop; needed by algorithms that have one.
@@ -88,6 +103,7 @@ class Learner:
             first_order: leave out second derivatives, where the algorithm has that choice.
             classification: targets are integer labels, and accuracy is measured too. None: if the loss is
                 a sparse categorical cross entropy.
+            metrics: Keras metrics, their names, or functions of (targets, outputs), measured beside the loss.
             meta_lr: β, the step size of the outer loop's Adam; by default 0.001.
             meta_optimizer: any Keras optimizer for the outer loop, its schedule included, instead of Adam.
             clip: clip every entry of the meta-gradient to ±clip.
@@ -98,40 +114,68 @@ class Learner:
             options: of the algorithm, keyword arguments of its class.
 
         Raises:
-            UserError: for a layer that would be silently wrong, a model that is not built, or a loss that
-                does not go with it; says what to use instead.
+            UserError: for a layer that would be silently wrong, a model that is not built, or a loss or
+                option that does not go with it; says what to use instead.
         """
-        if keras.backend.backend() != "tensorflow":
-            raise UserError(
-                f"Keras computes with {keras.backend.backend()}, needed tensorflow. Set the environment "
-                f"variable KERAS_BACKEND=tensorflow before the first import of Keras."
-            )
+        check_surroundings()
         check_whole(1, inner_steps=inner_steps)
         if tasks_per_chunk is not None:
             check_whole(1, tasks_per_chunk=tasks_per_chunk)
         check_above_zero(inner_lr=inner_lr, meta_lr=meta_lr, clip=clip)
         kind = algorithm_class(algorithm)
-        given_options = {"inner_lr": inner_lr, "first_order": first_order}
-        options |= {name: value for name, value in given_options.items() if value is not None}
+        own = {"inner_lr": inner_lr, "first_order": first_order}
+        options |= {name: value for name, value in own.items() if value is not None}
         check_options(kind, options)
-        self.model = with_exact_norms(model) if swap_norms else model
-        refuse_unfit(self.model, bool(first_order))
-        if vectorize is None and not is_batched(self.model):
-            vectorize = False
-        self.algorithm = kind(
-            self.model,
-            scalar_loss(loss, self.model),
-            inner_steps=inner_steps,
-            classification=takes_labels(loss) if classification is None else classification,
-            clip=clip,
-            tasks_at_once=tasks_per_chunk or 10,
-            **options,
-        )
-        tasks = TaskMap.choose(self.model, vectorize, jit_compile, tasks_per_chunk=tasks_per_chunk)
-        self.outer = OuterLoop(self.algorithm, chosen_optimizer(meta_optimizer, meta_lr), tasks)
+        labels = takes_labels(loss) if classification is None else classification
+        common = dict(classification=labels, inner_steps=inner_steps, clip=clip)
+        mapping = dict(vectorize=vectorize, jit_compile=jit_compile, tasks_per_chunk=tasks_per_chunk)
+        self._assembly = Assembly(kind, options, common, loss, metrics, mapping)
+        check_built(model)
+        self.model = copies.with_exact_norms(model) if swap_norms else model
         self.iteration = 0
-        self._needs = Needs.of(self.model, labels=self.algorithm.classification, alike=not is_custom(loss))
+        self._position = given.Position()
+        ignored = ScalarLoss(loss).ignored
+        self._needs = Needs.of(self.model, labels=labels, alike=not is_custom(loss), ignored=ignored)
+        self._proof = Proof(self._assembly, self.model)
+        if swap_norms and not copies.holds_swapped(model):
+            self._proof.original = model
+        self._build(chosen_optimizer(meta_optimizer, meta_lr))
+        inputs = tensors_of(self.model, "input")
+        if inputs is not None:
+            self._proof.head(inputs)
+
+    def _build(self, optimizer: keras.optimizers.Optimizer) -> None:
+        """Algorithm and outer loop of the model as it is, its frozen layers considered."""
+        constraints = issubclass(self._assembly.kind, Maml)
+        check_model(self.model, self._assembly.second_order, constraints)
+        self.algorithm = self._assembly.algorithm(self.model)
+        optimizer = grown(optimizer, self.algorithm.variables)
+        self.outer = OuterLoop(self.algorithm, optimizer, self._assembly.tasks(self.model))
         self._adapt = tf.function(self._adapted, reduce_retracing=True, autograph=False)
+        self._predict = tf.function(self._predicted, reduce_retracing=True, autograph=False)
+        self._one_task = UnequalTasks(self.outer)
+        self._compiled = False
+        self._built_of = self._layers()
+
+    def _layers(self) -> list[tuple]:
+        """What an algorithm fixes of the model when it is made."""
+        return [
+            (id(layer), layer.trainable, getattr(layer, "adapted", True))
+            for layer in self.model._flatten_layers()
+        ]
+
+    def _refresh(self) -> None:
+        """Takes notice of layers that were frozen, unfrozen or kept from adaptation since the last call."""
+        check_surroundings()
+        if self._layers() == self._built_of:
+            return
+        before = {v.path: v for v in [*self.algorithm.extra_variables, *self.algorithm.state_variables]}
+        self._build(self.outer.optimizer)
+        for variable in [*self.algorithm.extra_variables, *self.algorithm.state_variables]:
+            if variable.path in before and before[variable.path].shape == variable.shape:
+                variable.assign(before[variable.path])
+
+    # --- Training -----------------------------------------------------------------------------------
 
     def fit(
         self,
@@ -142,47 +186,84 @@ class Learner:
         spec: EpisodeSpec | None = None,
         split: str = "train",
         progress: bool | None = None,
+        check: bool = True,
+        validation: Episodes | None = None,
+        validation_tasks: int = 100,
+        validation_spec: EpisodeSpec | None = None,
+        callbacks: Sequence[keras.callbacks.Callback] = (),
+        epoch: int = 100,
     ) -> dict[str, np.ndarray]:
-        """Meta-trains; a second call goes on from the first, optimizer included.
+        """Meta-trains; a second call goes on from the first, optimizer and position included.
+
+        Ten calls of one iteration do what one call of ten does, to the bit.
 
         Args:
             episodes: what to learn from: anything that gives (support_x, support_y, query_x, query_y),
-                each [n, …], of the same shapes in all episodes: a list or a `tf.data.Dataset`, which is
-                begun again where it ends, or a generator, which must not end too soon. Or a data source
-                with `check` and `sample` such as those of `maml.datasets.image_classes`, which needs a spec.
+                each [n, …]. A list or a `tf.data.Dataset` is begun again where it ends; a generator is
+                trained on to its end. Or a data source with `check` and `sample` such as those of
+                `maml.datasets.image_classes`, which needs a spec. Where shapes differ from episode to
+                episode, tasks are computed one by one.
             iterations: updates of the weights.
             meta_batch: episodes per update.
             spec: ways, shots, queries and seed, for a data source.
             split: of a data source.
             progress: show a bar; None: on a terminal.
+            check: before the first training of a model with anything in it that is not proven, compare its
+                meta-gradient with a finite difference; see `check_gradient`.
+            validation: episodes to evaluate after every epoch: a list, or a data source, of which split
+                "val" is taken.
+            validation_tasks: of these episodes; of a list no more than it holds.
+            validation_spec: for a data source; None: `spec`.
+            callbacks: Keras' EarlyStopping, ModelCheckpoint, TensorBoard, ReduceLROnPlateau and the like.
+                They see `learner.model` with the outer loop's optimizer, and the logs "loss" and "accuracy"
+                of the query sets, "support_loss", "gradient_norm", "val_loss", "val_accuracy".
+            epoch: iterations of an epoch; epochs end at its multiples.
 
         Returns:
             "query_loss" after adaptation [iterations], "support_loss" [iterations, inner_steps] before
-            each inner step, "query_accuracy" and "support_accuracy" likewise, "gradient_norm".
+            each inner step, "query_accuracy" and "support_accuracy" likewise, "gradient_norm";
+            "val_loss" and the like [epochs].
 
         Raises:
-            UserError: if the episodes do not fit the model.
+            UserError: if the episodes do not fit the model, or its meta-gradient would be wrong.
             Failure: if a loss or the meta-gradient is not finite; that update was not made.
         """
-        check_whole(1, iterations=iterations, meta_batch=meta_batch)
-        phase = Phase(METATRAIN, self.outer, self.iteration + iterations)
-        blocks = given.training_blocks(
-            episodes,
-            self._needs,
-            spec,
-            split,
-            meta_batch=meta_batch,
-            begin=self.iteration,
-            iterations=iterations,
-            length=phase.block_length,
-        )
+        check_whole(1, iterations=iterations, meta_batch=meta_batch, epoch=epoch)
+        self._refresh()
+        watch = None
+        if validation is not None or callbacks:
+            test = self._validation(validation, validation_tasks, validation_spec or spec)
+            watch = Watch(self, callbacks, None if validation is None else test, epoch)
+        sizes = dict(meta_batch=meta_batch, iterations=iterations)
+        blocks = self._blocks(episodes, spec, split, sizes, check, epoch if watch else None)
+        parts = self._trained(blocks, iterations, watch, epoch, None if progress is None else not progress)
+        if not all(np.isfinite(variable.numpy()).all() for variable in self.algorithm.variables):
+            raise Failure(
+                f"iteration {self.iteration}: the weights are not finite any more. Begin anew with a smaller "
+                f"meta_lr."
+            )
+        history = {
+            name: np.concatenate([part[name] for part in parts]) for name in parts[0] if name != "skipped"
+        }
+        return history | {name: np.array(rows) for name, rows in (watch.history if watch else {}).items()}
+
+    def _trained(
+        self,
+        blocks: Iterator[Block | list[Episode]],
+        iterations: int,
+        watch: Watch | None,
+        epoch: int,
+        hidden: bool | None,
+    ) -> list[dict[str, np.ndarray]]:
+        """The measures of all iterations, call by call."""
         parts: list[dict[str, np.ndarray]] = []
-        hidden = None if progress is None else not progress
         shown = Smoothed()
         with tqdm(total=iterations, desc="meta-training", unit="it", leave=False, disable=hidden) as bar:
-            if not self.outer.block.experimental_get_tracing_count():
+            if not self._compiled:
                 bar.set_postfix_str(COMPILING)
-            for update in updates([phase], blocks, begin=self.iteration):
+            if watch:
+                watch.begin()
+            for update in self._updates(blocks, self.iteration + iterations, (epoch,) if watch else ()):
                 done, self.iteration = update.iteration - self.iteration, update.iteration
                 if update.failed is not None:
                     raise Failure(
@@ -193,8 +274,110 @@ class Learner:
                 shown.add(update.measures)
                 bar.set_postfix_str(shown.text(), refresh=False)
                 bar.update(done)
-                parts.append({name: rows for name, rows in update.measures.items() if name != "skipped"})
-        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+                parts.append(update.measures)
+                if watch:
+                    watch.after(update)
+                    if watch.stopped:
+                        break
+            if watch:
+                watch.end()
+        return parts
+
+    def _validation(
+        self, episodes: Episodes | None, tasks: int, spec: EpisodeSpec | None
+    ) -> Callable[[], TestResult]:
+        if isinstance(episodes, Sequence):
+            tasks = min(tasks, len(episodes))
+        split = "val" if given.is_source(episodes) else "test"
+        return lambda: self.evaluate(episodes, tasks=tasks, spec=spec, split=split)
+
+    def _blocks(
+        self,
+        episodes: Episodes,
+        spec: EpisodeSpec | None,
+        split: str,
+        sizes: dict[str, int],
+        check: bool,
+        epoch: int | None,
+    ) -> Iterator[Block | list[Episode]]:
+        """What to train on; the first of it has proved the model."""
+        length = Phase(METATRAIN, self.outer, 0).block_length
+        sizes = sizes | dict(length=min(length, epoch or length))
+
+        def look(episode: Episode) -> Needs:
+            self._prove(episode)
+            if check:
+                self._proof.gradient(self._needs.fitting(episode))
+            return self._needs
+
+        if given.is_source(episodes):
+            blocks = given.source_blocks(
+                episodes, look, self._needs, spec, split, begin=self.iteration, **sizes
+            )
+        else:
+            stream = self._position.stream(episodes, self.iteration * sizes["meta_batch"])
+            blocks = given.given_blocks(stream, look, self._needs, **sizes)
+        for block in blocks:
+            if isinstance(block, Block) and not self._compiled:
+                self._compile(block)
+            yield block
+
+    def _compile(self, block: Block) -> None:
+        """Makes the block's program, without an update; task by task where a batched one cannot be made."""
+        self._compiled = True
+        if not self.outer.tasks.vectorize:
+            return
+        nothing = (block.episodes, tf.constant(0), tf.constant(0))
+        try:
+            self.outer.block(*nothing)
+        except UserError:
+            raise
+        except Exception as error:  # TensorFlow and XLA raise what they like
+            if self._assembly.mapping["vectorize"] is not None:
+                raise
+            self._assembly.mapping["vectorize"] = False
+            self._build(self.outer.optimizer)
+            self._compiled = True
+            self.outer.block(*nothing)
+            warnings.warn(
+                f"{self.model.name}: computes task by task, which is slower, since TensorFlow cannot batch "
+                f"it ({str(error).splitlines()[0][:200]}). Give vectorize=False to leave out the attempt.",
+                stacklevel=2,
+            )
+
+    def _updates(
+        self, blocks: Iterator[Block | list[Episode]], end: int, pauses: Sequence[int]
+    ) -> Iterator[Update]:
+        for block in blocks:
+            if isinstance(block, Block):
+                phase = Phase(METATRAIN, self.outer, end)
+                yield from updates([phase], [block], begin=self.iteration, pauses=pauses)
+            else:
+                yield self._one_task.update(block, Phase(METATRAIN, self.outer, end), self.iteration)
+
+    def check_gradient(self, episode: Sequence) -> GradientCheck:
+        """Compares the meta-gradient of one task with a finite difference along one direction, in float64.
+
+        `fit` does it by itself before the first training of a model that holds anything not proven.
+
+        Args:
+            episode: (support_x, support_y, query_x, query_y).
+
+        Raises:
+            UserError: if they deviate, or an operation has no second derivative; names it and the remedy.
+        """
+        episode = self._needs.fitting(episode)
+        self._prove(episode)
+        return self._proof.compared(episode)
+
+    def _prove(self, episode: Episode) -> None:
+        """What can be known of the model with an episode at hand, once."""
+        x = tf.nest.map_structure(tf.convert_to_tensor, self.algorithm.to_floating(episode).support_x)
+        self._proof.model_itself(x)
+        if self._needs.outputs is None:
+            self._needs = self._needs._replace(outputs=self._proof.output_shape(x))
+
+    # --- Testing and adapting -------------------------------------------------------------------------
 
     def evaluate(
         self,
@@ -224,19 +407,29 @@ class Learner:
         steps = self.algorithm.inner_steps if steps is None else steps
         check_whole(1, tasks=tasks)
         check_whole(0, steps=steps)
-        source = given.as_source(episodes, self._needs, spec, split)
-        return measure_tasks(
-            self.algorithm, source, spec, split, tasks=tasks, steps=steps, transductive=transductive
+        self._refresh()
+        options = dict(steps=steps, transductive=transductive)
+        if given.is_source(episodes):
+            source = given.as_source(episodes, self._needs, spec, split)
+            return measure_tasks(self.algorithm, source, spec, split, tasks=tasks, **options)
+        chunks = given.chunks(episodes, self._looked, self._needs, tasks)
+        return joined(
+            [
+                measure_tasks(self.algorithm, given.InOrder(chunk), spec, split, tasks=len(chunk), **options)
+                for chunk in chunks
+            ]
         )
 
-    def adapt(
-        self, support_x: np.ndarray | tf.Tensor, support_y: np.ndarray | tf.Tensor, steps: int | None = None
-    ) -> keras.Model:
+    def _looked(self, episode: Episode) -> Needs:
+        self._prove(episode)
+        return self._needs
+
+    def adapt(self, support_x: Arrays, support_y: Arrays, steps: int | None = None) -> keras.Model:
         """A copy of the model, adapted to a support set; deterministic.
 
         The copy is a Keras model of its own: it predicts, and can be saved as `.keras`, which Keras loads
         once something has been imported from maml, so that it knows maml's layers. Its `maml.BatchNorm`
-        layers normalise by the statistics of the support set under the adapted weights, so that a
+        layers normalize by the statistics of the support set under the adapted weights, so that a
         prediction does not depend on the other inputs: what `evaluate(transductive=False)` measures.
 
         Args:
@@ -245,34 +438,116 @@ class Learner:
             steps: inner steps; None: as many as in training; 0 takes the statistics only.
 
         Raises:
-            UserError: if they do not fit the model.
+            UserError: if they do not fit the model, or the algorithm adapts no weights.
             Failure: if the adapted weights are not finite.
         """
-        steps = self.algorithm.inner_steps if steps is None else steps
-        check_whole(0, steps=steps)
-        x, y, *_ = self._needs.fitting((support_x, support_y, support_x, support_y))
-        weights, state = self._adapt(tf.convert_to_tensor(x), tf.convert_to_tensor(y), tf.constant(steps))
+        x, y, steps = self._support(support_x, support_y, steps)
+        weights, state = self._adapt(x, y, steps)
         if not all(np.isfinite(values).all() for values in weights):
+            rate = self._assembly.options.get("inner_lr", float("nan"))
             raise Failure(
-                f"the weights are not finite after {steps} steps of α = {self.algorithm.inner_lr:g}. "
-                f"Take fewer steps or a smaller inner_lr."
+                f"the weights are not finite after {int(steps)} steps of α = {rate:g}. Take fewer steps or a "
+                f"smaller inner_lr."
             )
+        adapted = copies.full_copy(self.model, x)
         values = {id(v): value for v, value in zip(self.model.trainable_variables, weights, strict=True)}
         others = self.model.non_trainable_variables
         values |= {id(v): value for v, value in zip(others, state, strict=True)}
-        adapted = copy_of(self.model)
-        if len(adapted.variables) < len(self.model.variables):  # a class of one's own, not built yet
-            adapted(x[:1])
         for variable, own in zip(adapted.variables, self.model.variables, strict=True):
             variable.assign(values[id(own)])
         return adapted
 
+    def _support(
+        self, support_x: Arrays, support_y: Arrays, steps: int | None
+    ) -> tuple[Arrays, Arrays, tf.Tensor]:
+        steps = self.algorithm.inner_steps if steps is None else steps
+        check_whole(0, steps=steps)
+        self._refresh()
+        episode = self._needs.fitting((support_x, support_y, support_x, support_y))
+        self._prove(episode)
+        x, y, *_ = tf.nest.map_structure(tf.convert_to_tensor, self._needs.fitting(episode))
+        return x, y, tf.constant(steps)
+
     def _adapted(self, x: tf.Tensor, y: tf.Tensor, steps: tf.Tensor) -> tuple[Weights, Weights]:
         """The weights after some inner steps on a support set, and the non-trainable values with them."""
         x, y, *_ = self.algorithm.to_floating(Episode(x, y, x, y))
-        _, weights = tf.while_loop(
-            lambda step, _: step < steps,
-            lambda step, weights: (step + 1, self.algorithm.step(weights, x, y)[0]),
-            (0, self.algorithm.weights()),
-        )
+        state = self._state_after(x, y, steps)
+        weights = getattr(self.algorithm, "fast_weights", lambda state: state)(state)
+        variables = self.model.trainable_variables
+        if not isinstance(weights, list) or len(weights) < len(variables):
+            raise UserError(
+                f"adapt: {self._assembly.kind.__name__} adapts no weights, so that there is no adapted "
+                f"model. Use predict(support_x, support_y, query_x)."
+            )
+        weights = weights[: len(variables)]
         return weights, self.algorithm.stateless.state_after(weights, x)
+
+    def _predicted(self, x: tf.Tensor, y: tf.Tensor, query_x: tf.Tensor, steps: tf.Tensor) -> tf.Tensor:
+        """Outputs of the query set, by the support set's statistics."""
+        x, y, query_x, _ = self.algorithm.to_floating(Episode(x, y, query_x, y))
+        return self.algorithm.outputs(self._state_after(x, y, steps), query_x, x)
+
+    def _state_after(self, x: tf.Tensor, y: tf.Tensor, steps: tf.Tensor) -> State:
+        """The task's state after some inner steps."""
+        algorithm = self.algorithm
+        _, state = tf.while_loop(
+            lambda step, _: step < steps,
+            lambda step, state: (step + 1, algorithm.step(state, x, y)[0]),
+            (0, algorithm.begin(algorithm.weights(), x, y)),
+        )
+        return state
+
+    def predict(
+        self, support_x: Arrays, support_y: Arrays, query_x: Arrays, steps: int | None = None
+    ) -> np.ndarray:
+        """Outputs for query_x [n, …] after adaptation to a support set, of any algorithm.
+
+        For algorithms that adapt weights: what `adapt(support_x, support_y, steps)` predicts.
+
+        Args:
+            support_x, support_y, steps: see `adapt`.
+            query_x: inputs [n, …].
+        """
+        x, y, steps = self._support(support_x, support_y, steps)
+        # Of the query set inputs alone are known: they are checked as a support set's.
+        rows = len(tf.nest.flatten(query_x)[0])
+        targets = tf.nest.map_structure(lambda y: np.repeat(y[:1], rows, axis=0), y)
+        query = self._needs.fitting((query_x, targets, query_x, targets)).query_x
+        outputs = self._predict(x, y, tf.nest.map_structure(tf.convert_to_tensor, query), steps)
+        return tf.nest.map_structure(lambda rows: rows.numpy(), outputs)
+
+    # --- Keeping ------------------------------------------------------------------------------------
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Writes model, outer optimizer, options and iteration into the folder `path`.
+
+        A learner that is loaded from it goes on as this one would, to the bit.
+
+        Raises:
+            UserError: if the algorithm has an option that JSON cannot hold.
+        """
+        saving.save(self, path)
+
+    @classmethod
+    def load(
+        cls,
+        path: str | os.PathLike,
+        *,
+        loss: Loss | None = None,
+        metrics: Sequence | None = None,
+        custom_objects: dict | None = None,
+        safe_mode: bool = True,
+    ) -> "Learner":
+        """The learner that `save` wrote.
+
+        Args:
+            path: the folder.
+            loss, metrics: needed where they are functions of the user's own, which are not saved.
+            custom_objects, safe_mode: see `keras.saving.load_model`.
+
+        Raises:
+            UserError: if there is no such learner, or a function is missing.
+        """
+        return saving.loaded(
+            cls, path, loss=loss, metrics=metrics, custom_objects=custom_objects, safe_mode=safe_mode
+        )

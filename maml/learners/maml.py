@@ -6,6 +6,7 @@ every inner step: true second-order meta-gradients. Lines 2 to 4 and 7 to 9, the
 """
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import keras
 import tensorflow as tf
@@ -15,7 +16,9 @@ from maml.learners.base import Algorithm, Measures, State
 from maml.learners.losses import LossFunction
 from maml.networks.stateless import Weights, adapted_weights, gradients
 from maml.settings.own import Flag
-from maml.settings.settings import Settings
+
+if TYPE_CHECKING:
+    from maml.settings.settings import Settings
 
 ADAPT = (
     "which weights the inner loop adapts: head, body, all (but norms) or a regular expression of their names"
@@ -52,7 +55,7 @@ class Maml(Algorithm):
         self._adapted = adapted_weights(network, adapt)
 
     @classmethod
-    def arguments(cls, settings: Settings) -> dict[str, object]:
+    def arguments(cls, settings: "Settings") -> dict[str, object]:
         """α and the order, with those of `Algorithm.arguments`."""
         own = super().arguments(settings)
         return dict(inner_lr=settings.update_lr, first_order=settings.stop_grad) | own
@@ -88,10 +91,11 @@ class Maml(Algorithm):
         if self.first_order:
             gradient = [tf.stop_gradient(g) for g in gradient]
         steps = iter([rate * g for rate, g in zip(rates, gradient, strict=True)])
-        return [
+        stepped = [
             weight - next(steps) if adapt else weight
             for weight, adapt in zip(weights, self._adapted, strict=True)
         ]
+        return self.stateless.constrained(stepped, self._adapted)
 
     def outputs(
         self, state: State, x: tf.Tensor, support_x: tf.Tensor | None = None, noise: int | None = None

@@ -11,7 +11,7 @@ import contextlib
 import functools
 import math
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import keras
 import tensorflow as tf
@@ -24,8 +24,10 @@ from maml.learners.maml import ADAPT, Maml, joined
 from maml.networks.stateless import Weights, gradients, weight_names
 from maml.networks.step_batch_norm import StepBatchNorm, inner_step
 from maml.settings.own import Flag
-from maml.settings.settings import Settings
 from maml.training.adam import TorchAdam
+
+if TYPE_CHECKING:
+    from maml.settings.settings import Settings
 
 
 class _State(NamedTuple):
@@ -127,7 +129,7 @@ class MamlPlusPlus(Maml):
             ]
 
     @classmethod
-    def arguments(cls, settings: Settings) -> dict[str, object]:
+    def arguments(cls, settings: "Settings") -> dict[str, object]:
         """Its own flags, but those of the network and of the outer optimizer."""
         elsewhere = (
             "per_step_norm",
@@ -141,12 +143,12 @@ class MamlPlusPlus(Maml):
         return {"inner_lr": 0.1} | {name: v for name, v in found.items() if name not in elsewhere}
 
     @classmethod
-    def loss_function(cls, settings: Settings) -> LossFunction:
+    def loss_function(cls, settings: "Settings") -> LossFunction:
         """The mean over the examples."""
         return mean_cross_entropy if settings.classification else mean_squared_error
 
     @classmethod
-    def network_options(cls, settings: Settings) -> dict[str, object]:
+    def network_options(cls, settings: "Settings") -> dict[str, object]:
         """The authors' network: leaky ReLU, max-pooling and a flattened map on both data sets."""
         own = cls._own(settings)
         options: dict[str, object] = {"negative_slope": 0.01, "max_pool": True, "flatten": True}
@@ -160,14 +162,14 @@ class MamlPlusPlus(Maml):
         return options
 
     @classmethod
-    def meta_optimizer(cls, settings: Settings) -> TorchAdam:
+    def meta_optimizer(cls, settings: "Settings") -> TorchAdam:
         """PyTorch's Adam, with CA."""
         own = cls._own(settings)
         last = own["min_lr"] if own["ca"] else settings.meta_lr
         return TorchAdam(CosineByEpoch(settings.meta_lr, last, own["total_epochs"], own["iters_per_epoch"]))
 
     @classmethod
-    def _own(cls, settings: Settings) -> dict[str, object]:
+    def _own(cls, settings: "Settings") -> dict[str, object]:
         return {flag.name: flag.default for flag in cls.flags} | dict(settings.own)
 
     def epoch(self) -> tf.Tensor:

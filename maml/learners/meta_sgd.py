@@ -1,7 +1,7 @@
 """Meta-SGD (Li, Zhou, Chen & Li 2017): MAML with learned step sizes."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import keras
 import tensorflow as tf
@@ -12,7 +12,9 @@ from maml.learners.losses import LossFunction
 from maml.learners.maml import ADAPT, Maml
 from maml.networks.stateless import Weights, weight_names
 from maml.settings.own import Flag
-from maml.settings.settings import Settings
+
+if TYPE_CHECKING:
+    from maml.settings.settings import Settings
 
 
 class _State(NamedTuple):
@@ -79,7 +81,7 @@ class MetaSgd(Maml):
         self._rate_of = [order.index(home) for home in homes]
 
     @classmethod
-    def arguments(cls, settings: Settings) -> dict[str, object]:
+    def arguments(cls, settings: "Settings") -> dict[str, object]:
         """Those of `Maml`; α starts from its own flags, not from --update_lr."""
         return super().arguments(settings) | {"inner_lr": None}
 

@@ -1,7 +1,7 @@
 """What the metric learners share: an embedding, compared; nothing is adapted at test."""
 
 from collections.abc import Callable, Sequence
-from typing import ClassVar, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import keras
 import tensorflow as tf
@@ -13,8 +13,10 @@ from maml.learners.losses import LossFunction, mean_cross_entropy
 from maml.networks.layers import BatchNorm
 from maml.networks.stateless import Weights, gradients
 from maml.settings.own import Flag
-from maml.settings.settings import Settings
 from maml.training.adam import TorchAdam
+
+if TYPE_CHECKING:
+    from maml.settings.settings import Settings
 
 MOVING, BATCH = "moving", "batch"
 
@@ -112,19 +114,19 @@ class Metric(Algorithm):
         self.state_variables = [network.non_trainable_variables[i] for i in self._moving]
 
     @classmethod
-    def arguments(cls, settings: Settings) -> dict[str, object]:
+    def arguments(cls, settings: "Settings") -> dict[str, object]:
         """The learner's own flags, N of training resolved; no entry of the meta-gradient is clipped."""
         own = dict(clip=None) | super().arguments(settings)
         own["train_num_classes"] = own.get("train_num_classes") or settings.num_classes
         return own
 
     @classmethod
-    def loss_function(cls, settings: Settings) -> LossFunction:
+    def loss_function(cls, settings: "Settings") -> LossFunction:
         """The paper's, a mean over the queries."""
         return cls.own_loss
 
     @classmethod
-    def meta_optimizer(cls, settings: Settings) -> keras.optimizers.Optimizer:
+    def meta_optimizer(cls, settings: "Settings") -> keras.optimizers.Optimizer:
         """PyTorch's Adam of rate β, halved every `halve_every` updates."""
         return TorchAdam(Halved(settings.meta_lr, settings.own.get("halve_every", 0)))
 

@@ -1,16 +1,22 @@
-"""Options of a `Learner`: the algorithm by name, its own keyword arguments, and the outer optimizer."""
+"""Options of a `Learner`: the algorithm by name and its own keyword arguments, and what is made of them."""
 
+import dataclasses
 import difflib
 import inspect
 import math
 import numbers
+from collections.abc import Sequence
 
 import keras
+import tensorflow as tf
 
 from maml.errors import UserError
 from maml.learners.base import Algorithm
+from maml.learners.losses import Loss, ScalarLoss
+from maml.networks.checks import is_batched
 from maml.tables import LEARNERS, load
 from maml.training.adam import Adam
+from maml.training.task_map import TaskMap
 
 META_LR = 1e-3  # β, the paper's
 # Keyword arguments of `Algorithm` that the library gives itself.
@@ -99,3 +105,65 @@ def check_whole(least: int, **values: int) -> None:
 def _guess(name: str, names: list[str]) -> str:
     near = difflib.get_close_matches(name, names, 1)
     return f" Did you mean {near[0]}?" if near else ""
+
+
+@dataclasses.dataclass
+class Assembly:
+    """All that an algorithm is made of, beside the model: made again when layers freeze, or for a copy.
+
+    Fields:
+        kind: the algorithm's class.
+        options: of that class alone.
+        common: keyword arguments of `Algorithm`.
+        loss, metrics: as they were given.
+        mapping: vectorize, jit_compile, tasks_per_chunk, as they were given.
+    """
+
+    kind: type[Algorithm]
+    options: dict[str, object]
+    common: dict[str, object]
+    loss: Loss
+    metrics: Sequence
+    mapping: dict[str, object]
+
+    @property
+    def second_order(self) -> bool:
+        """Whether second derivatives are taken: there are inner steps, and not of first order."""
+        return self.kind.step is not Algorithm.step and not self.options.get("first_order", False)
+
+    def algorithm(self, model: keras.Model, **changes) -> Algorithm:
+        """The algorithm of a model; `changes` of `common`."""
+        common = self.common | changes
+        loss = ScalarLoss(
+            self.loss,
+            dtype=tf.as_dtype(model.trainable_variables[0].dtype).name,
+            classification=common["classification"],
+            metrics=self.metrics,
+        )
+        tasks_at_once = self.mapping["tasks_per_chunk"] or 10
+        return self.kind(model, loss, tasks_at_once=tasks_at_once, **common, **self.options)
+
+    def tasks(self, model: keras.Model) -> TaskMap:
+        """How tasks are laid onto the machine."""
+        mapping = dict(self.mapping)
+        if mapping["vectorize"] is None and not is_batched(model):
+            mapping["vectorize"] = False
+        return TaskMap.choose(model, **mapping)
+
+
+def grown(
+    optimizer: keras.optimizers.Optimizer, variables: Sequence[keras.Variable]
+) -> keras.optimizers.Optimizer:
+    """The optimizer, or one like it with its state, that knows these variables too."""
+    known = list(optimizer._trainable_variables) if optimizer.built else []
+    ids = {id(variable) for variable in known}
+    new = [variable for variable in variables if id(variable) not in ids]
+    if not optimizer.built or not new:
+        return optimizer
+    larger = type(optimizer).from_config(optimizer.get_config())
+    larger.build([*known, *new])
+    before = {variable.name: variable for variable in optimizer.variables}
+    for variable in larger.variables:
+        if variable.name in before:
+            variable.assign(before[variable.name])
+    return larger

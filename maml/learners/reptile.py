@@ -5,7 +5,7 @@ there is no gradient through it. As in the authors' program the loss is summed o
 inner Adam (β₁ = 0) keeps its second moments from task to task.
 """
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import keras
 import tensorflow as tf
@@ -17,7 +17,9 @@ from maml.learners.extra import extra_variable
 from maml.learners.losses import LossFunction, mean_squared_error, summed_cross_entropy
 from maml.networks.stateless import Weights, gradients, weight_names
 from maml.settings.own import Flag
-from maml.settings.settings import Settings
+
+if TYPE_CHECKING:
+    from maml.settings.settings import Settings
 
 BETA_2, EPSILON = 0.999, 1e-8
 
@@ -138,19 +140,19 @@ class Reptile(Algorithm):
             self.state_variables.append(extra_variable("adam/power", (), BETA_2, dtype, trainable=False))
 
     @classmethod
-    def arguments(cls, settings: Settings) -> dict[str, object]:
+    def arguments(cls, settings: "Settings") -> dict[str, object]:
         """Its own flags, but those of the outer loop and of the episodes; nothing is clipped."""
         elsewhere = ("train_shots", "meta_step", "meta_step_final")
         own = {name: value for name, value in super().arguments(settings).items() if name not in elsewhere}
         return own | {"clip": None}
 
     @classmethod
-    def loss_function(cls, settings: Settings) -> LossFunction:
+    def loss_function(cls, settings: "Settings") -> LossFunction:
         """Cross entropy summed over a mini-batch; of a regression the mean squared error."""
         return summed_cross_entropy if settings.classification else mean_squared_error
 
     @classmethod
-    def network_options(cls, settings: Settings) -> dict[str, object]:
+    def network_options(cls, settings: "Settings") -> dict[str, object]:
         """The authors' network: batch norm with γ, SAME pooling, a flattened map on Omniglot too."""
         options: dict[str, object] = {"flatten": True, "pool_padding": "same"}
         if settings.norm == "batch_norm":
@@ -158,7 +160,7 @@ class Reptile(Algorithm):
         return options
 
     @classmethod
-    def meta_optimizer(cls, settings: Settings) -> keras.optimizers.Optimizer:
+    def meta_optimizer(cls, settings: "Settings") -> keras.optimizers.Optimizer:
         """See `outer_optimizer`."""
         values = {flag.name: flag.default for flag in cls.flags} | dict(settings.own)
         return cls.outer_optimizer(values["meta_step"], values["meta_step_final"], settings.iterations)

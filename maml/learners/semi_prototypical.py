@@ -1,7 +1,7 @@
 """Prototypes refined by unlabeled examples (Ren et al., ICLR 2018): sections 3.1.1 to 3.1.3."""
 
 import math
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import keras
 import tensorflow as tf
@@ -21,8 +21,10 @@ from maml.learners.metric import (
 )
 from maml.networks.stateless import Weights
 from maml.settings.own import Flag
-from maml.settings.settings import Settings
 from maml.training.adam import ExactAdam
+
+if TYPE_CHECKING:
+    from maml.settings.settings import Settings
 
 BASIC, KMEANS, CLUSTER, MASK = "basic", "kmeans", "cluster", "mask"
 CODE, PAPER = "code", "paper"
@@ -138,7 +140,7 @@ class SemiPrototypical(Metric):
             self.extra_variables = _mask_variables(dtype)
 
     @classmethod
-    def meta_optimizer(cls, settings: Settings) -> keras.optimizers.Optimizer:
+    def meta_optimizer(cls, settings: "Settings") -> keras.optimizers.Optimizer:
         """Adam in TensorFlow's form, of rate β, halved as in the authors' code."""
         rate = Halved(settings.meta_lr, at=HALVED_AT.get(settings.datasource, HALVED_AT_ELSE))
         return ExactAdam(rate)

@@ -1,50 +1,95 @@
-"""What MAML asks of a Keras model and of its loss; and what stands in for Keras' norms."""
+"""What MAML asks of a Keras model, and what of a model is known to be right."""
+
+from collections.abc import Callable
 
 import keras
-import numpy as np
+import tensorflow as tf
 
 from maml.errors import UserError
-from maml.networks.layers import BatchNorm, LayerNorm, LayerNormalization, MovingBatchNorm
+from maml.networks import layers as ours
+from maml.networks.copies import copy_of, is_graph
 from maml.networks.step_batch_norm import StepBatchNorm
 
 # Layers that are tested under `tf.vectorized_map` and XLA.
 _TESTED = "InputLayer Dense Flatten Activation ReLU Rescaling Dropout Embedding Add Concatenate"
 BATCHED = {getattr(keras.layers, name) for name in [*_TESTED.split(), "GlobalAveragePooling1D"]}
-BATCHED |= {BatchNorm, LayerNorm, LayerNormalization, MovingBatchNorm, StepBatchNorm}
+OURS = {
+    kind for kind in vars(ours).values() if isinstance(kind, type) and issubclass(kind, keras.layers.Layer)
+} | {StepBatchNorm}
+BATCHED |= OURS - {ours.MaxPool}
+# Layers whose meta-gradient was compared with finite differences.
+_PROVEN = (
+    "Conv1D Conv2D DepthwiseConv2D SeparableConv2D Conv2DTranspose MaxPooling1D MaxPooling2D "
+    "AveragePooling2D GlobalAveragePooling2D UpSampling2D ZeroPadding2D SimpleRNN LSTM GRU Bidirectional "
+    "TimeDistributed MultiHeadAttention EinsumDense Normalization RMSNormalization UnitNormalization PReLU "
+    "LeakyReLU GaussianNoise GaussianDropout SpatialDropout2D Masking Softmax LayerNormalization "
+    "BatchNormalization ActivityRegularization Reshape Permute SimpleRNNCell LSTMCell GRUCell"
+)
+PROVEN = BATCHED | OURS | {getattr(keras.layers, name) for name in _PROVEN.split()}
+# Functions that a layer is given. Those of Keras are its own activations.
+_FUNCTIONS = ("activation", "recurrent_activation", "activity_regularizer")
 
 
-def refuse_unfit(model: keras.Model, first_order: bool) -> None:
+def check_model(model: keras.Model, second_order: bool, constraints: bool = True) -> None:
     """Raises UserError for what would fail or, worse, be silently wrong.
 
     Keras' norms stop a gradient inside the variance, which second derivatives need (see
-    `maml.networks.standardise`); with `first_order` they are right. One that cannot be recognized: `Resizing`
-    that is not nearest has no second derivative, so it has its place before the first weights.
+    `maml.networks.standardise`); first derivatives they have right. What a layer's class does not tell,
+    `maml.learners.gradient_check` finds.
+
+    Args:
+        model: to check.
+        second_order: whether the algorithm takes second derivatives.
+        constraints: whether its inner loop applies constraints of weights.
     """
-    refuse_unbuilt(model)
+    check_built(model)
     for layer in model._flatten_layers(include_self=False):
-        if objection := _objection(layer, first_order):
+        if objection := _objection(layer, second_order):
             raise UserError(f"layer {layer.name!r}, {type(layer).__name__}, {objection}")
+    for variable in model.trainable_variables:
+        if not constraints and variable.constraint is not None:
+            raise UserError(
+                f"{variable.path} has a constraint, which the inner loop of this algorithm does not apply. "
+                f"Leave it out, or use algorithm='maml'."
+            )
     copy_of(model)  # now, rather than after training
 
 
-def refuse_unbuilt(model: keras.Model) -> None:
-    """Raises UserError for other than a built model of one input, one output and some weights."""
+def check_built(model: keras.Model) -> None:
+    """Raises UserError for other than a built model with some weights, all of one type."""
     if not isinstance(model, keras.Model) or not model.built:
         raise UserError(
             f"found {getattr(model, 'name', model)!r}, which is not a Keras model that has been built. "
             f"Begin it with keras.Input(shape), or call it on an example once."
         )
-    inputs, outputs = (getattr(model, name, None) for name in ("inputs", "outputs"))
-    if len(inputs or "1") != 1 or len(outputs or "1") != 1:
-        raise UserError(
-            f"{model.name!r} has {len(inputs)} inputs and {len(outputs)} outputs, needed one of each. "
-            f"Concatenate them."
-        )
     if not model.trainable_variables:
         raise UserError(f"{model.name!r} has no trainable weights, needed some to adapt.")
+    _check_types(model)
 
 
-def _objection(layer: keras.layers.Layer, first_order: bool) -> str | None:
+def _check_types(model: keras.Model) -> None:
+    types = {tf.as_dtype(variable.dtype).name for variable in model.trainable_variables}
+    for name in ("float16", "bfloat16"):
+        if name in types:
+            raise UserError(
+                f"{model.name!r}: expected weights in float32, got {name}, which updates of the weights "
+                f"overflow or vanish in. Use the policy mixed_{name}, whose weights are float32."
+            )
+    if len(types) > 1:
+        raise UserError(
+            f"{model.name!r}: expected weights of one type, got {' and '.join(sorted(types))}. "
+            f"Give all layers the same dtype."
+        )
+    outputs = getattr(model, "outputs", None) or ()
+    narrow = [x.dtype for x in outputs if x.dtype in ("float16", "bfloat16")]
+    if narrow:
+        raise UserError(
+            f"{model.name!r}: expected outputs in float32, got {narrow[0]}, too coarse for a loss. Give the "
+            f"last layer dtype='float32'."
+        )
+
+
+def _objection(layer: keras.layers.Layer, second_order: bool) -> str | None:
     """Why a layer cannot be used, and what to do instead."""
     layers = keras.layers
     wrong = "has a wrong second derivative in TensorFlow, and meta-gradients with it."
@@ -58,17 +103,11 @@ def _objection(layer: keras.layers.Layer, first_order: bool) -> str | None:
             "keeps a state from one batch to the next, which tasks must not share. Leave it out, or give "
             "stateful=False where it has that argument."
         )
-    regularized = any(getattr(weight, "regularizer", None) for weight in layer.trainable_variables)
-    if regularized or getattr(layer, "activity_regularizer", None):
-        return (
-            "has a regularizer, which is no part of the inner and outer losses. Drop it, or write a loss "
-            "function that has it."
-        )
-    if first_order:
+    if not second_order:
         return None
     if (
         isinstance(layer, layers.LayerNormalization)
-        and not isinstance(layer, LayerNormalization)
+        and not isinstance(layer, ours.LayerNormalization)
         and not layer.rms_scaling
     ):
         return f"{wrong} Use maml.LayerNormalization, which computes the same, or give swap_norms=True."
@@ -79,85 +118,29 @@ def _objection(layer: keras.layers.Layer, first_order: bool) -> str | None:
     return None
 
 
-def copy_of(model: keras.Model) -> keras.Model:
-    """A copy with fresh weights; raises UserError if Keras cannot make one."""
-    try:
-        if _is_graph(model):
-            return keras.models.clone_model(model, clone_function=_fresh, recursive=True)
-        return keras.models.clone_model(model)
-    except (NotImplementedError, TypeError, ValueError) as error:
-        raise UserError(
-            f"{model.name!r} cannot be copied, as `adapt` does. Give {type(model).__name__}, or the layers "
-            f"of your own in it, an __init__ that hands **kwargs on to super().__init__, and a get_config "
-            f"with its other arguments."
-        ) from error
-
-
 def is_batched(layer: keras.layers.Layer) -> bool:
     """Whether a model is made of BATCHED alone: not of operations, nor of a class of one's own."""
-    if _is_graph(layer):
+    if is_graph(layer):
         return all(map(is_batched, getattr(layer, "operations", layer.layers)))
     return type(layer) in BATCHED
 
 
-def _is_graph(model: keras.layers.Layer) -> bool:
-    """Whether it is a Sequential or functional model."""
-    return type(model) is keras.Sequential or type(model).__name__ == "Functional"
+def is_proven(layer: keras.layers.Layer) -> bool:
+    """Whether a model is made of PROVEN alone, with functions of Keras' alone."""
+    if is_graph(layer):
+        return all(map(is_proven, getattr(layer, "operations", layer.layers)))
+    functions = [getattr(layer, name, None) for name in _FUNCTIONS]
+    functions += [
+        function
+        for variable in (layer.variables if isinstance(layer, keras.layers.Layer) else ())
+        for function in (getattr(variable, "regularizer", None), variable.constraint)
+    ]
+    if type(layer) not in PROVEN or not all(map(_is_keras, functions)):
+        return False
+    inside = layer._flatten_layers(include_self=False)
+    return all(is_proven(other) for other in inside)
 
 
-def _fresh(layer: keras.layers.Layer) -> keras.layers.Layer:
-    """The same layer with weights of its own. Keras takes the function of a Lambda for a stranger's code."""
-    lambda_ = isinstance(layer, keras.layers.Lambda)
-    return layer if lambda_ else type(layer).from_config(layer.get_config())
-
-
-def with_exact_norms(model: keras.Model) -> keras.Model:
-    """A copy, weights included, with maml's norms in place of LayerNormalization and BatchNormalization.
-
-    LayerNormalization computes the same. BatchNorm has no scale, and is always of the last axis: raises
-    UserError where a scale was learned or the axis is another, or if the model is of a class of its own.
-    """
-    refuse_unbuilt(model)
-    pairs: list[tuple[keras.layers.Layer, keras.layers.Layer]] = []
-
-    def exact(layer: keras.layers.Layer) -> keras.layers.Layer:
-        if _is_swapped(layer):
-            _refuse_unlike(layer)
-            copy = BatchNorm(name=layer.name, dtype=layer.dtype_policy.name)
-        else:
-            same = type(layer) is keras.layers.LayerNormalization
-            copy = LayerNormalization.from_config(layer.get_config()) if same else _fresh(layer)
-            if not getattr(layer, "adapted", True):
-                copy.adapted = False
-        pairs.append((layer, copy))
-        return copy
-
-    try:
-        swapped = keras.models.clone_model(model, clone_function=exact, recursive=True)
-    except ValueError as error:
-        raise UserError(
-            f"swap_norms: {model.name!r} is a {type(model).__name__}, needed a Sequential or functional "
-            f"model. Use maml's norms in its class."
-        ) from error
-    for layer, copy in pairs:
-        if not _is_swapped(layer):
-            for variable, value in zip(copy.variables, layer.variables, strict=True):
-                variable.assign(value)
-        elif layer.center:
-            copy.beta.assign(layer.beta)
-    return swapped
-
-
-def _is_swapped(layer: keras.layers.Layer) -> bool:
-    return isinstance(layer, keras.layers.BatchNormalization) and layer.trainable
-
-
-def _refuse_unlike(layer: keras.layers.BatchNormalization) -> None:
-    """Raises UserError if maml's BatchNorm would forget what the layer has learned."""
-    if layer.axis % layer.input_spec.ndim != layer.input_spec.ndim - 1:
-        raise UserError(f"swap_norms: {layer.name!r} is of axis {layer.axis}, needed the last, the channels.")
-    if layer.scale and not np.all(layer.gamma.numpy() == 1):
-        raise UserError(
-            f"swap_norms: {layer.name!r} has learned a scale (gamma), which maml.BatchNorm has not. Freeze "
-            f"the layer (trainable = False), or begin with a new model."
-        )
+def _is_keras(function: Callable | None) -> bool:
+    named = function if hasattr(function, "__name__") else type(function)
+    return function is None or named.__module__.split(".")[0] in ("keras", "maml")

@@ -38,12 +38,15 @@ def conv4(
             of its spatial mean, with N(0, 1) (Omniglot).
         dtype: of weights and computation; "mixed_bfloat16": see `_exact`.
     """
+    last = dict(data_format="channels_last")  # whatever keras.json says
     layers: list[keras.layers.Layer] = [keras.layers.Input(input_shape, dtype=_exact(dtype))]
     for i in range(4):
         stride = 1 if max_pool else 2
         channels = (last_filters or filters) if i == 3 else filters
         layers.append(
-            keras.layers.Conv2D(channels, 3, strides=stride, padding="same", dtype=dtype, name=f"conv{i + 1}")
+            keras.layers.Conv2D(
+                channels, 3, strides=stride, padding="same", dtype=dtype, name=f"conv{i + 1}", **last
+            )
         )
         layers += _norm(norm, dtype, f"norm{i}", **(norm_options or {}))
         if max_pool:
@@ -53,7 +56,7 @@ def conv4(
             LeakyReLU(negative_slope, dtype=dtype) if negative_slope else keras.layers.ReLU(dtype=dtype)
         )
     pooling = keras.layers.Flatten if flatten else keras.layers.GlobalAveragePooling2D
-    layers.append(pooling(dtype=_exact(dtype)))
+    layers.append(pooling(dtype=_exact(dtype), **last))
     if way is None:
         return keras.Sequential(layers)
     head = "glorot_uniform" if flatten else keras.initializers.RandomNormal(stddev=1.0)

@@ -31,7 +31,7 @@ def mlp(
 
     layers: list[keras.layers.Layer] = [keras.layers.Input(input_shape, dtype=_exact(dtype))]
     if len(input_shape) > 1:
-        layers.append(keras.layers.Flatten(dtype=dtype))
+        layers.append(keras.layers.Flatten(dtype=dtype, data_format="channels_last"))
     for i, width in enumerate(hidden):
         layers.append(dense(width, f"dense{i + 1}"))
         layers += _norm(norm, dtype, f"norm{i}")

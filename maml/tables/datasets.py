@@ -1,6 +1,7 @@
 """The data sets by name, with the paper's values (appendix A.1, A.2) for them.
 
-The original's defaults of these flags suit no data set. A new one is a file in `maml/datasets/` and a row here.
+The original's defaults of these flags suit no data set. A new one is a file in `maml/datasets/` and a row
+here.
 """
 
 import functools

@@ -7,16 +7,20 @@ import keras
 import tensorflow as tf
 
 
+@keras.saving.register_keras_serializable("maml")
 class Adam(keras.optimizers.Adam):
     """Adam to the letter of TensorFlow 1, whose kernel it calls: epsilon 1e-8, float32 β powers.
 
     Keras rounds β₂ᵗ to float32 but not 1 − β₂, which makes the first steps 7e-6 too long.
     """
 
-    def __init__(self, learning_rate: float):
-        super().__init__(learning_rate, beta_1=0.9, beta_2=0.999, epsilon=1e-8)
+    def __init__(self, learning_rate: float, **options):
+        """Takes Keras' arguments."""
+        super().__init__(learning_rate, **{"beta_1": 0.9, "beta_2": 0.999, "epsilon": 1e-8} | options)
 
     def build(self, variables):
+        if self.built:
+            return
         super().build(variables)
         self.beta_powers = [
             self.add_variable((), initializer=keras.initializers.Constant(beta), dtype="float32", name=name)

@@ -1,5 +1,6 @@
 """Testing a meta-learned initialisation: the paper's protocol, tables and statistics."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -69,6 +70,16 @@ class TestResult(NamedTuple):
         }
 
 
+def joined(results: Sequence[TestResult]) -> TestResult:
+    """The results of several tests as one, in order; predictions are the first's."""
+
+    def together(field: str) -> dict[str, np.ndarray]:
+        kinds = getattr(results[0], field)
+        return {kind: np.concatenate([getattr(result, field)[kind] for result in results]) for kind in kinds}
+
+    return TestResult(together("support"), together("query"), results[0].predictions)
+
+
 def measure_tasks(
     algorithm: "Algorithm",
     data: EpisodeSource,
@@ -94,13 +105,17 @@ def measure_tasks(
             )
             bar.update(len(indices))
 
-    def joined(field: str) -> dict[str, np.ndarray]:
+    def together(field: str) -> dict[str, np.ndarray]:
         kinds = getattr(parts[0], field)
         return {
             kind: np.concatenate([getattr(part, field)[kind].numpy() for part in parts]) for kind in kinds
         }
 
-    return TestResult(joined("support"), joined("query"), parts[0].predictions.numpy())
+    return TestResult(
+        together("support"),
+        together("query"),
+        tf.nest.map_structure(lambda x: x.numpy(), parts[0].predictions),
+    )
 
 
 # How a measure is shown: its factor, its decimals, its name.

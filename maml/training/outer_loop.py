@@ -87,7 +87,7 @@ class OuterLoop:
         """The means of gradient and measures, and the state that the last task left."""
         variables = self.algorithm.state_variables
         before = [tf.convert_to_tensor(variable) for variable in variables]
-        count = episodes.support_x.shape[0]
+        count = tf.nest.flatten(episodes)[0].shape[0]
 
         def body(i: tf.Tensor, sums: tuple) -> tuple:
             found = one_task(tf.nest.map_structure(lambda rows: rows[i], episodes))
@@ -109,7 +109,7 @@ class OuterLoop:
         Returns the measures of each, [block length, …]; zeros outside first…last−1, and after an update
         that was skipped (unless `skip_not_finite`).
         """
-        length = block.support_x.shape[0]
+        length = tf.nest.flatten(block)[0].shape[0]
         specs = dict(self.algorithm.measure_specs())
         dtype = self.algorithm.dtype
         specs |= dict.fromkeys(("gradient_norm", "skipped"), tf.TensorSpec((), dtype))

@@ -23,15 +23,17 @@ class PerExample(NamedTuple):
     after: float = 1.0
 
 
+MEANS = PerExample()  # of losses that are means already
+
+
 class Smoothed:
     """Means of a training's losses and accuracy over its last iterations, as text."""
 
     def __init__(self):
         self._rows: dict[str, collections.deque[float]] = {}
 
-    def add(self, measures: Mapping[str, np.ndarray], per_example: PerExample | None = None) -> None:
+    def add(self, measures: Mapping[str, np.ndarray], per_example: PerExample = MEANS) -> None:
         """Takes in some iterations: {name: [iterations, …]}, named as in `Algorithm.measure_specs`."""
-        per_example = per_example or PerExample()
         support, after = measures.get("support_loss"), measures.get("query_loss")
         accuracy = measures.get("query_accuracy")
         self._set = "support" if after is None else "query"
@@ -91,7 +93,7 @@ class Progress:
         """Shows that the iterations of an update were made."""
         count, self._done = update.iteration - self._done, update.iteration
         self._last = now = time.monotonic()
-        self._shown.add(update.measures, self._per_example.get(update.phase.name, PerExample()))
+        self._shown.add(update.measures, self._per_example.get(update.phase.name, MEANS))
         if self._steady is None:
             self._steady = now, self._done
             self._bar.unpause()

@@ -63,7 +63,7 @@ class TaskMap:
 
         def on_a_device() -> Results:
             device = tf.distribute.get_replica_context()
-            count = episodes.support_x.shape[0] // device.num_replicas_in_sync
+            count = tf.nest.flatten(episodes)[0].shape[0] // device.num_replicas_in_sync
             part = _some_tasks(episodes, device.replica_id_in_sync_group * count, count)
             return device.all_reduce(tf.distribute.ReduceOp.MEAN, on_this_device(part))
 
@@ -71,7 +71,7 @@ class TaskMap:
         return tf.nest.map_structure(lambda mean: self.strategy.experimental_local_results(mean)[0], means)
 
     def _mean_on_this_device(self, one_task: Callable, episodes: Episode, like: Results) -> Results:
-        tasks = episodes.support_x.shape[0]
+        tasks = tf.nest.flatten(episodes)[0].shape[0]
         chunk = self.tasks_per_chunk or tasks
         if chunk >= tasks:
             each = self.each(one_task, episodes, like)

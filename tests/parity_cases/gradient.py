@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
 
 import keras
 import numpy as np
@@ -25,38 +24,6 @@ ONE_BY_ONE = TaskMap(vectorize=False, jit_compile=False)
 BATCHES = ("b0", "b1", "b2")
 
 
-class Run(NamedTuple):
-    """A run of an original: {name: array} with the prefixes taken off.
-
-    Fields:
-        settings: of the run.
-        dead: names of the variables whose true gradient is zero, so that Adam moves them by rounding noise.
-        inputs, initial, wanted: what is under `in/`, `init/` and `f64/`.
-    """
-
-    settings: dict
-    dead: set[str]
-    inputs: dict[str, np.ndarray]
-    initial: dict[str, np.ndarray]
-    wanted: dict[str, np.ndarray]
-
-    @classmethod
-    def of(cls, case: Case) -> "Run":
-        """The run of a case."""
-        dead = {name for bias in case.info.get("dead_biases", ()) for name in (bias, f"lr/{bias}")}
-        groups = (case.group(prefix) for prefix in ("in/", "init/", "f64/"))
-        return cls(case.info.get("settings") or {}, dead, *groups)
-
-    def under(self, prefix: str) -> dict[str, np.ndarray]:
-        """{name: what is wanted under prefix/name}, without dead biases and their learned rates."""
-        found = {
-            name.removeprefix(f"{prefix}/"): array
-            for name, array in self.wanted.items()
-            if name.startswith(f"{prefix}/")
-        }
-        return {name: array for name, array in found.items() if name not in self.dead}
-
-
 # --- Names, weights, episodes ---------------------------------------------------------------------------
 
 
@@ -66,7 +33,7 @@ def their_name(name: str) -> str:
     return name.replace("head/", "dense/")
 
 
-def assign(algorithm: Algorithm, run: Run, rename: Callable[[str], str] = their_name) -> list[str]:
+def assign(algorithm: Algorithm, run: Case, rename: Callable[[str], str] = their_name) -> list[str]:
     """Gives an algorithm the initial meta-parameters; returns the fixtures' names of its variables."""
     names = [rename(name) for name in algorithm.weight_names()]
     for name, variable in zip(names, algorithm.variables, strict=True):
@@ -74,7 +41,7 @@ def assign(algorithm: Algorithm, run: Run, rename: Callable[[str], str] = their_
     return names
 
 
-def episodes(run: Run, batch: str) -> Episode:
+def episodes(run: Case, batch: str) -> Episode:
     """A meta-batch [tasks, n, …] of images of the classes in order, or of a regression."""
 
     def part(which: str) -> tuple[np.ndarray, np.ndarray]:
@@ -88,7 +55,7 @@ def episodes(run: Run, batch: str) -> Episode:
     return Episode(*(tf.constant(a) for which in ("support", "query") for a in part(which)))
 
 
-def blocks(run: Run) -> Episode:
+def blocks(run: Case) -> Episode:
     """The three meta-batches as a block of training."""
     return Episode(*(tf.stack(rows) for rows in zip(*(episodes(run, b) for b in BATCHES), strict=True)))
 
@@ -97,7 +64,7 @@ def blocks(run: Run) -> Episode:
 
 
 def compare_inner(
-    algorithm: Maml, names: list[str], run: Run, errors: Errors, prefix: str = "train0", quantity: str = ""
+    algorithm: Maml, names: list[str], run: Case, errors: Errors, prefix: str = "train0", quantity: str = ""
 ) -> None:
     """Losses, logits and weights in the inner loop of every task of the first meta-batch.
 
@@ -136,7 +103,7 @@ def compare_inner(
             errors.add(f"{quantity}adapted weights", weights[-1][names[:count].index(name)], array[task])
 
 
-def compare_outer(outer: OuterLoop, names: list[str], run: Run, errors: Errors, block: Episode) -> None:
+def compare_outer(outer: OuterLoop, names: list[str], run: Case, errors: Errors, block: Episode) -> None:
     """The meta-gradient of the first meta-batch, and the meta-parameters after one and three updates."""
     first = tf.nest.map_structure(lambda rows: rows[0], block)
     gradient = tf.function(outer.gradient, autograph=False)(first).gradient
@@ -149,7 +116,7 @@ def compare_outer(outer: OuterLoop, names: list[str], run: Run, errors: Errors, 
         compare_weights(outer.algorithm, names, run, errors, label)
 
 
-def compare_weights(algorithm: Algorithm, names: list[str], run: Run, errors: Errors, label: str) -> None:
+def compare_weights(algorithm: Algorithm, names: list[str], run: Case, errors: Errors, label: str) -> None:
     """The meta-parameters after some updates."""
     wanted = run.under(label)
     for name, variable in zip(names, algorithm.variables, strict=True):
@@ -174,7 +141,7 @@ def cnn4(settings: dict) -> keras.Sequential:
     )
 
 
-def learn2learn(run: Run, make: Callable[[keras.Model], Maml]) -> Errors:
+def learn2learn(run: Case, make: Callable[[keras.Model], Maml]) -> Errors:
     """A case of learn2learn, of the learner that `make` makes of the network."""
     settings, errors = run.settings, Errors()
     if "h" in settings:
@@ -193,7 +160,7 @@ def learn2learn(run: Run, make: Callable[[keras.Model], Maml]) -> Errors:
     return errors
 
 
-def anil(run: Run) -> Errors:
+def anil(run: Case) -> Errors:
     """ANIL, by learn2learn's own program (joint normalization) or by its Meta-SGD (apart)."""
     settings = run.settings
 
@@ -211,7 +178,7 @@ def anil(run: Run) -> Errors:
     return learn2learn(run, make)
 
 
-def meta_sgd(run: Run) -> Errors:
+def meta_sgd(run: Case) -> Errors:
     """Meta-SGD of images, and of the sinusoid."""
     settings = run.settings
 
@@ -229,7 +196,4 @@ def meta_sgd(run: Run) -> Errors:
     return learn2learn(run, make)
 
 
-FAMILY = {"anil": anil, "metasgd": meta_sgd}
-CASES: Mapping[str, Callable[[Case], dict[str, float]]] = {
-    prefix: lambda case, check=check: check(Run.of(case)) for prefix, check in FAMILY.items()
-}
+CASES: Mapping[str, Callable[[Case], dict[str, float]]] = {"anil": anil, "metasgd": meta_sgd}

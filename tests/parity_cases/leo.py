@@ -10,14 +10,14 @@ from maml.learners.leo import Leo
 from maml.networks.leo import leo as networks
 from maml.training.adam import ExactAdam
 from maml.training.outer_loop import OuterLoop
-from tests.parity_cases import Case
-from tests.parity_cases.gradient import BATCHES, ONE_BY_ONE, Errors, Run, assign, compare_weights
+from tests.parity_cases import Case, Errors
+from tests.parity_cases.gradient import BATCHES, ONE_BY_ONE, assign, compare_weights
 
 
 class Fed(Leo):
     """LEO whose noise is looked up by the task's embeddings."""
 
-    run: Run
+    run: Case
 
     def _all(self, name: str) -> tf.Tensor:
         """An input of all tasks of all meta-batches, [tasks, …]."""
@@ -37,7 +37,7 @@ class Fed(Leo):
         return tf.reshape(tf.cast(self._all(f"keep_{name}")[seed], self.dtype), shape)
 
 
-def build(run: Run) -> Fed:
+def build(run: Case) -> Fed:
     """The learner of a case."""
     s = run.settings
     algorithm = Fed(
@@ -57,7 +57,7 @@ def build(run: Run) -> Fed:
     return algorithm
 
 
-def episodes(run: Run, batch: str) -> Episode:
+def episodes(run: Case, batch: str) -> Episode:
     """A meta-batch [tasks, n, D]."""
 
     def part(which: str) -> tuple[np.ndarray, np.ndarray]:
@@ -69,7 +69,7 @@ def episodes(run: Run, batch: str) -> Episode:
     return Episode(*(tf.constant(a) for which in ("support", "query") for a in part(which)))
 
 
-def compare_task(algorithm: Fed, run: Run, errors: Errors, mode: str) -> None:
+def compare_task(algorithm: Fed, run: Case, errors: Errors, mode: str) -> None:
     """The inside of every task of the first meta-batch, in training or in evaluation."""
     training, wanted = mode == "train", run.wanted
     batch = episodes(run, "b0")
@@ -111,7 +111,7 @@ def compare_task(algorithm: Fed, run: Run, errors: Errors, mode: str) -> None:
             errors.add("objective", loss, wanted["train/total_loss"][task])
 
 
-def leo(run: Run) -> Errors:
+def leo(run: Case) -> Errors:
     """Codes, weights, losses, penalties, the meta-gradient raw and clipped, θ after outer updates."""
     errors, algorithm = Errors(), build(run)
     outer = OuterLoop(algorithm, ExactAdam(run.settings["outer_lr"]), ONE_BY_ONE)
@@ -133,4 +133,4 @@ def leo(run: Run) -> Errors:
     return errors
 
 
-CASES: Mapping[str, Callable[[Case], dict[str, float]]] = {"leo": lambda case: leo(Run.of(case))}
+CASES: Mapping[str, Callable[[Case], dict[str, float]]] = {"leo": leo}

@@ -10,11 +10,9 @@ from maml.networks.conv4 import conv4
 from maml.networks.step_batch_norm import StepBatchNorm
 from maml.training.adam import TorchAdam
 from maml.training.outer_loop import OuterLoop
-from tests.parity_cases import Case
+from tests.parity_cases import Case, Errors
 from tests.parity_cases.gradient import (
     ONE_BY_ONE,
-    Errors,
-    Run,
     assign,
     blocks,
     compare_inner,
@@ -44,7 +42,7 @@ class CosineInEpochs(CosineByEpoch):
         return super().__call__(tf.constant([*self.epochs_of, 0], tf.int64)[tf.convert_to_tensor(step)])
 
 
-def build(run: Run) -> tuple[OuterLoop, list[str]]:
+def build(run: Case) -> tuple[OuterLoop, list[str]]:
     """The learner of a case with its outer loop, and the fixtures' names of its variables."""
     settings = run.settings
 
@@ -88,7 +86,7 @@ def build(run: Run) -> tuple[OuterLoop, list[str]]:
     return OuterLoop(algorithm, TorchAdam(schedule), ONE_BY_ONE), assign(algorithm, run)
 
 
-def maml_plus_plus(run: Run) -> Errors:
+def maml_plus_plus(run: Case) -> Errors:
     """Inner loop, meta-gradients, clamp, schedules, meta-parameters after updates, validation."""
     errors = Errors()
     outer, names = build(run)
@@ -139,6 +137,6 @@ def schedules(case: Case) -> Errors:
 
 
 CASES: Mapping[str, Callable[[Case], dict[str, float]]] = {
-    "mamlpp": lambda case: maml_plus_plus(Run.of(case)),
+    "mamlpp": maml_plus_plus,
     "mamlpp_schedules": schedules,
 }

@@ -11,8 +11,8 @@ from maml.learners.losses import summed_cross_entropy
 from maml.learners.reptile import Reptile
 from maml.networks.conv4 import conv4
 from maml.training.outer_loop import OuterLoop
-from tests.parity_cases import Case
-from tests.parity_cases.gradient import ONE_BY_ONE, Errors, Run, assign, compare_weights
+from tests.parity_cases import Case, Errors
+from tests.parity_cases.gradient import ONE_BY_ONE, assign, compare_weights
 
 ITERATIONS = range(3)
 
@@ -45,7 +45,7 @@ def network_of(settings: dict, shape: tuple[int, ...]) -> keras.Sequential:
 class Feed:
     """The examples that the original was fed with."""
 
-    def __init__(self, run: Run):
+    def __init__(self, run: Case):
         pool = run.inputs["pool"]
         self.examples = pool.reshape(-1, *pool.shape[2:], *[1] * (pool.ndim == 4)) / 256.0
         self.run = run
@@ -70,7 +70,7 @@ class Feed:
         return Episode(x, y, x[:1], y[:1])
 
 
-def reptile(run: Run) -> Errors:
+def reptile(run: Case) -> Errors:
     """Inner losses and weights, the first gradient, θ and the optimizer after outer updates, evaluation."""
     settings, errors, feed = run.settings, Errors(), Feed(run)
     tasks, steps = run.wanted["train0/idx"].shape[:2]
@@ -130,7 +130,7 @@ def trace(
             errors.add("adapted weights", state.weights[names.index(name)], wanted[task])
 
 
-def compare_moments(algorithm: Fed, names: list[str], run: Run, errors: Errors, label: str) -> None:
+def compare_moments(algorithm: Fed, names: list[str], run: Case, errors: Errors, label: str) -> None:
     """Adam's second moments and the power of β₂, which run on."""
     if algorithm.sgd:
         return
@@ -161,4 +161,4 @@ def evaluate(algorithm: Fed, update: Callable, names: list[str], feed: Feed, err
         errors.add("test logits, not transductive", found, run.wanted[f"eval_separate{number}/logits"])
 
 
-CASES: Mapping[str, Callable[[Case], dict[str, float]]] = {"reptile": lambda case: reptile(Run.of(case))}
+CASES: Mapping[str, Callable[[Case], dict[str, float]]] = {"reptile": reptile}

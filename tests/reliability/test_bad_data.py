@@ -175,13 +175,13 @@ def test_a_folder_laid_out_otherwise_is_refused(name, tmp_path):
 
 
 TOO_FEW = {
-    ("--num_classes=4",): "need 4 classes; found 3 train classes",
-    ("--num_classes=2000000000",): "need 2000000000 classes; found 3 train classes",
-    ("--update_batch_size=5",): "need 10 images of every class; found 4 of train class train0",
-    ("--num_query=4",): "need 5 images of every class; found 4 of train class train0",
-    ("--test_num_query=4",): "need 5 images of every class; found 4 of val class val0",
-    ("--test_num_query=4", "--test_set"): "need 5 images of every class; found 4 of test class test0",
-    ("--update_batch_size=2000000000", "--num_query=1"): "need 2000000001 images of every class",
+    ("--num_classes=4",): "expected 4 classes, got 3 train classes",
+    ("--num_classes=2000000000",): "expected 2000000000 classes, got 3 train classes",
+    ("--update_batch_size=5",): "expected 10 images of every class, got 4 of train class train0",
+    ("--num_query=4",): "expected 5 images of every class, got 4 of train class train0",
+    ("--test_num_query=4",): "expected 5 images of every class, got 4 of val class val0",
+    ("--test_num_query=4", "--test_set"): "expected 5 images of every class, got 4 of test class test0",
+    ("--update_batch_size=2000000000", "--num_query=1"): "expected 2000000001 images of every class",
 }
 
 
@@ -236,7 +236,7 @@ def test_the_program_refuses_bad_data_in_one_line(case, tmp_path):
     found, tree, flags = {
         "an image": (r"val1/9\.png \(not an image\)", good() | {"val/val1/9.png": b"x"}, ()),
         "a folder": ("found no class folders", {"1.png": RED}, ()),
-        "too few": ("need 4 classes; found 3 val classes", good(), ("--num_classes=4", "--num_query=1")),
+        "too few": ("expected 4 classes, got 3 val classes", good(), ("--num_classes=4", "--num_query=1")),
     }[case]
     written(tmp_path / "photos", tree)
     before = sorted(tmp_path.rglob("*"))

@@ -1,0 +1,260 @@
+"""Copies of Keras models, with all their state: the same, with exact norms, or in float64."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from maml.errors import UserError
+from maml.networks.layers import BatchNorm, LayerNormalization
+
+Layer = keras.layers.Layer
+
+
+def copy_of(model: keras.Model) -> keras.Model:
+    """A copy with fresh weights; raises UserError if Keras cannot make one."""
+    try:
+        try:
+            return _cloned(model)
+        except (TypeError, ValueError):
+            with not_compiled(model):  # with a loss that Keras knows no name of
+                return _cloned(model)
+    except (NotImplementedError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{model.name!r} cannot be copied, as `adapt` does. Give {type(model).__name__}, or the layers "
+            f"of your own in it, an __init__ that hands **kwargs on to super().__init__, and a get_config "
+            f"with its other arguments."
+        ) from error
+
+
+def _cloned(model: keras.Model) -> keras.Model:
+    if is_graph(model):
+        return keras.models.clone_model(model, clone_function=_fresh, recursive=True)
+    return keras.models.clone_model(model)
+
+
+@contextlib.contextmanager
+def not_compiled(model: keras.Model) -> Iterator[None]:
+    """Has Keras copy a model without the loss and optimizer that it was compiled with."""
+    compiled = [layer for layer in model._flatten_layers() if getattr(layer, "compiled", False)]
+    for layer in compiled:
+        layer.compiled = False
+    try:
+        yield
+    finally:
+        for layer in compiled:
+            layer.compiled = True
+
+
+def full_copy(model: keras.Model, x: object) -> keras.Model:
+    """A copy with all state of the model, built on inputs x where it is not yet."""
+    copy = copy_of(model)
+    if len(copy.variables) < len(model.variables):  # a custom class, not built yet
+        copy(tf.nest.map_structure(lambda rows: rows[:1], x))
+    transfer(model, copy)
+    return copy
+
+
+def transfer(model: keras.Model, copy: keras.Model) -> None:
+    """Gives a copy the variables, what layers save beside them, and what is frozen or not adapted."""
+    if len(copy.variables) != len(model.variables):
+        raise UserError(
+            f"{model.name!r}: expected a copy with {len(model.variables)} variables, got "
+            f"{len(copy.variables)}. Have get_config return all arguments that make layers."
+        )
+    for variable, value in zip(copy.variables, model.variables, strict=True):
+        variable.assign(value)
+    layers = zip(model._flatten_layers(), copy._flatten_layers(), strict=True)
+    for layer, other in layers:
+        _transfer_own(layer, other)
+
+
+def _transfer_own(layer: Layer, other: Layer) -> None:
+    """State that a layer keeps outside its variables, by Keras' protocol of saving, and maml's flag."""
+    if layer is other:
+        return
+    if "adapted" in vars(layer):
+        other.adapted = layer.adapted
+    if other.trainable != layer.trainable:
+        other.trainable = layer.trainable
+    # Layers whose saving is Keras' default hold nothing but variables.
+    if type(layer).load_own_variables is not Layer.load_own_variables and not isinstance(layer, keras.Model):
+        store: dict[str, object] = {}
+        layer.save_own_variables(store)
+        if store:
+            other.load_own_variables({key: np.asarray(value) for key, value in store.items()})
+
+
+def check_same(model: keras.Model, copy: keras.Model, x: object, what: str) -> None:
+    """Raises UserError if a copy computes other outputs than the model for inputs x [n, …]."""
+    pairs = zip(
+        tf.nest.flatten(model(x, training=False)), tf.nest.flatten(copy(x, training=False)), strict=True
+    )
+    for one, other in pairs:
+        one, other = np.asarray(one, np.float64), np.asarray(other, np.float64)
+        largest = np.abs(one[np.isfinite(one)]).max(initial=0)
+        if one.shape != other.shape or not np.allclose(
+            one, other, rtol=1e-3, atol=1e-3 * largest + 1e-6, equal_nan=True
+        ):
+            raise UserError(
+                f"{model.name!r}: expected {what} to compute what the model does, got outputs that differ. "
+                f"{_REMEDIES[model is copy]}"
+            )
+
+
+_REMEDIES = {
+    False: "A layer has state that it does not save: keep it in weights, or write save_own_variables and "
+    "load_own_variables, and get_config for its arguments.",
+    True: "It draws random numbers of its own: use keras.random with a SeedGenerator, in training alone.",
+}
+
+
+def is_graph(model: Layer) -> bool:
+    """Whether it is a Sequential or functional model."""
+    return type(model) is keras.Sequential or type(model).__name__ == "Functional"
+
+
+def _fresh(layer: Layer | keras.Operation) -> Layer | keras.Operation:
+    """The same layer with weights of its own; the same operation.
+
+    Keras takes the function of a Lambda for a stranger's code, so that it is not read from a config.
+    """
+    if not isinstance(layer, Layer) or isinstance(layer, keras.layers.Lambda):
+        return layer
+    return type(layer).from_config(layer.get_config())
+
+
+# --- Exact norms -----------------------------------------------------------------------------------
+
+
+def with_exact_norms(model: keras.Model) -> keras.Model:
+    """A copy, state included, with maml's norms in place of LayerNormalization and BatchNormalization.
+
+    LayerNormalization computes the same. BatchNorm has no scale, and is always of the last axis: raises
+    UserError where a scale was learned or the axis is another, or if the model is of a class of its own.
+    """
+    pairs: list[tuple[Layer, Layer]] = []
+
+    def exact(layer: Layer | keras.Operation) -> Layer | keras.Operation:
+        if not isinstance(layer, Layer):
+            return layer
+        if _is_swapped(layer):
+            _check_swappable(layer)
+            copy = BatchNorm(name=layer.name, dtype=layer.dtype_policy.name)
+        else:
+            same = type(layer) is keras.layers.LayerNormalization
+            copy = LayerNormalization.from_config(layer.get_config()) if same else _fresh(layer)
+        pairs.append((layer, copy))
+        return copy
+
+    def call(layer: Layer, *args, **kwargs):
+        if isinstance(layer, BatchNorm) and (kwargs.pop("mask", None) is not None or _masked(args)):
+            raise UserError(
+                f"swap_norms: {layer.name!r} weighs examples by a mask, which maml.BatchNorm does not. Use "
+                f"LayerNormalization, or leave the mask out."
+            )
+        return layer(*args, **kwargs)
+
+    if not is_graph(model):
+        raise UserError(
+            f"swap_norms: {model.name!r} is a {type(model).__name__}, needed a Sequential or functional "
+            f"model. Use maml's norms in its class."
+        )
+    functional = type(model) is not keras.Sequential
+    with not_compiled(model):
+        swapped = keras.models.clone_model(
+            model, clone_function=exact, call_function=call if functional else None, recursive=True
+        )
+    for layer, copy in pairs:
+        if not _is_swapped(layer):
+            for variable, value in zip(copy.variables, layer.variables, strict=True):
+                variable.assign(value)
+            inside = zip(layer._flatten_layers(), copy._flatten_layers(), strict=True)
+            for one, other in inside:
+                _transfer_own(one, other)
+        elif layer.center:
+            copy.beta.assign(layer.beta)
+    return swapped
+
+
+def _masked(tensors: object) -> bool:
+    return any(getattr(x, "_keras_mask", None) is not None for x in tf.nest.flatten(tensors))
+
+
+def _is_swapped(layer: Layer) -> bool:
+    return isinstance(layer, keras.layers.BatchNormalization) and layer.trainable
+
+
+def _check_swappable(layer: keras.layers.BatchNormalization) -> None:
+    """Raises UserError if maml's BatchNorm would forget what the layer has learned."""
+    if layer.axis % layer.input_spec.ndim != layer.input_spec.ndim - 1:
+        raise UserError(f"swap_norms: {layer.name!r} is of axis {layer.axis}, needed the last, the channels.")
+    if layer.scale and not np.all(layer.gamma.numpy() == 1):
+        raise UserError(
+            f"swap_norms: {layer.name!r} has learned a scale (gamma), which maml.BatchNorm has not. Freeze "
+            f"the layer (trainable = False), or begin with a new model."
+        )
+
+
+def holds_swapped(model: keras.Model) -> bool:
+    """Whether `with_exact_norms` changes what the model computes."""
+    return any(map(_is_swapped, model._flatten_layers(include_self=False)))
+
+
+# --- In float64 ------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def in_float64() -> Iterator[None]:
+    """Has Keras make layers and losses in float64."""
+    before = keras.config.floatx(), keras.config.dtype_policy()
+    keras.config.set_floatx("float64")
+    keras.config.set_dtype_policy("float64")
+    try:
+        yield
+    finally:
+        keras.config.set_floatx(before[0])
+        keras.config.set_dtype_policy(before[1])
+
+
+def float64_copy(model: keras.Model, x: object) -> keras.Model:
+    """A copy that computes in float64, built on inputs x; called within `in_float64`."""
+
+    def wide(layer: Layer | keras.Operation) -> Layer | keras.Operation:
+        if isinstance(layer, keras.layers.Lambda):
+            return _wide_lambda(layer)
+        return type(layer).from_config(_widened(layer.get_config())) if isinstance(layer, Layer) else layer
+
+    if is_graph(model):
+        with not_compiled(model):
+            copy = keras.models.clone_model(model, clone_function=wide, recursive=True)
+    else:
+        copy = type(model).from_config(_widened(model.get_config()))
+    if len(copy.variables) < len(model.variables):
+        copy(tf.nest.map_structure(lambda rows: rows[:1], x))
+    transfer(model, copy)
+    return copy
+
+
+def _wide_lambda(layer: keras.layers.Lambda) -> keras.layers.Lambda:
+    function: Callable = layer.function
+    shape = layer._output_shape if hasattr(layer, "_output_shape") else None
+    return keras.layers.Lambda(
+        function, output_shape=shape, arguments=layer.arguments, name=layer.name, dtype="float64"
+    )
+
+
+def _widened(config: object) -> object:
+    """A layer's config with every dtype policy float64, those of layers inside it too."""
+    if isinstance(config, list | tuple):
+        return type(config)(map(_widened, config))
+    if not isinstance(config, dict):
+        return config
+    widened = {key: _widened(value) for key, value in config.items()}
+    policy = widened.get("dtype")
+    name = policy.get("config", {}).get("name", "") if isinstance(policy, dict) else policy
+    if isinstance(name, str) and name.endswith(("float32", "bfloat16", "float16")):
+        widened["dtype"] = "float64"
+    return widened
