@@ -148,6 +148,19 @@ def test_a_program_that_is_ended_while_it_starts_says_only_that(tmp_path):
     assert done.stderr == "\ninterrupted\n"
 
 
+def test_runs_lie_in_the_current_folder_and_can_be_named_from_any_other(tmp_path):
+    flags = ["--metatrain_iterations=100", "--num_test_tasks=2", "--test_num_updates=1", "--nolog"]
+    code = f"import sys; from maml.commands import runner; sys.argv[1:] = {flags}; runner.main()"
+    done = in_a_process(code, tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    lines = done.stdout.splitlines()
+    (run,) = (tmp_path / "runs").iterdir()
+    assert f"run folder   runs/{run.name}" in lines
+    legend = next(i for i, line in enumerate(lines) if line.startswith("progress     loss per example, "))
+    assert lines[legend + 1] == "compiling …"
+    assert f"--logdir={tmp_path / 'runs'}" in (run / "flags").read_text().splitlines()
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.py")), ids=lambda path: path.name)
 def test_examples_import_maml_before_what_it_keeps_quiet(path):
     imported = re.findall(r"^ *(?:from|import) (maml|keras|tensorflow)\b", path.read_text(), re.MULTILINE)
