@@ -39,7 +39,8 @@ def images(case: Case, name: str) -> np.ndarray:
 def episode_of(case: Case) -> Episode:
     """The case's episode, without an axis of tasks."""
     support_y, query_y = (case.arrays[f"in/{part}_y"].astype(np.int32) for part in ("support", "query"))
-    return Episode(images(case, "support_x"), support_y, images(case, "query_x"), query_y)
+    fields = (images(case, "support_x"), support_y, images(case, "query_x"), query_y)
+    return Episode(*map(tf.constant, fields))
 
 
 def encoder(case: Case, **options) -> keras.Model:
