@@ -63,11 +63,15 @@ class Needs(NamedTuple):
         ]
         return Episode(*self._fitting("support", *arrays[:2]), *self._fitting("query", *arrays[2:]))
 
+    def _fitting_arrays(self, part: str, x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        if not (x.ndim and y.ndim and len(x) == len(y) and len(x) and _fits(x.shape, self.inputs)):
+            return self._fitting(part, x, y)  # which says what is wrong
+        return x, self._target(part, y, self.outputs, several=False)
+
     def _fitting(self, part: str, x: Arrays, y: Arrays) -> tuple[Arrays, Arrays]:
         for one, shape in _pairs(x, self.inputs, f"{part} inputs", self.model):
             if not _fits(one.shape, shape):
                 raise UserError(f"found {part} inputs {one.shape}, needed {shape} for {self.model!r}.")
-            _check_finite(f"{part} inputs", one)
         shapes = [array.shape for array in tf.nest.flatten((x, y))]
         if not all(shapes) or len({shape[0] for shape in shapes}) > 1 or not shapes[0][0]:
             ends = (tf.nest.map_structure(lambda array: array.shape, side) for side in (x, y))
@@ -85,7 +89,6 @@ class Needs(NamedTuple):
     def _target(self, part: str, y: np.ndarray, outputs: Shape, several: bool) -> np.ndarray:
         if self.labels and not several:
             return self._labels(part, y)
-        _check_finite(f"{part} targets", y)
         if self.alike and outputs and y.ndim == len(outputs) - 1 and outputs[-1] == 1:
             y = y[..., np.newaxis]  # [n] against outputs [n, 1] would be taken for a table of all pairs
         if self.alike and not several and not _fits(y.shape, outputs):
@@ -115,17 +118,53 @@ class Needs(NamedTuple):
 
     def drawn(self, stream: Iterator[Sequence], count: int) -> list[Episode]:
         """Up to `count` episodes of a stream, fewer where it ends."""
-        return [self.fitting(item) for item in itertools.islice(stream, count)]
+        single = not (_is_structure(self.inputs) or _is_structure(self.outputs))
+        fitting = self._quickly if single else self.fitting
+        return [fitting(item) for item in itertools.islice(stream, count)]
+
+    def _quickly(self, item: Sequence) -> Episode:
+        """`fitting` of a model with one input and one output."""
+        if isinstance(item, tuple | list) and len(item) == 4:
+            x, y, query_x, query_y = item
+            if all(type(part) is np.ndarray and part.dtype.kind in "fiub" for part in item):
+                return Episode(
+                    *self._fitting_arrays("support", x, y), *self._fitting_arrays("query", query_x, query_y)
+                )
+        return self.fitting(item)
 
 
 def stack(episodes: Sequence[Episode]) -> Episode:
-    """Episodes of the same shapes, along a new leading axis."""
-    return tf.nest.map_structure(lambda *rows: np.stack(rows), *episodes)
+    """Episodes of the same shapes, along a new leading axis; raises UserError for NaN."""
+    stacked = Episode(*map(_stacked, zip(*episodes, strict=True)))
+    check_finite(stacked)
+    return stacked
+
+
+def _stacked(rows: Sequence[Arrays]) -> Arrays:
+    if isinstance(rows[0], np.ndarray):
+        return np.stack(rows)
+    return tf.nest.map_structure(lambda *arrays: np.stack(arrays), *rows)
 
 
 def shapes_of(episode: Episode) -> tuple[tuple[int, ...], ...]:
     """The shapes of all arrays of an episode."""
-    return tuple(array.shape for array in tf.nest.flatten(episode))
+    return tuple(
+        array.shape
+        for field in episode
+        for array in ((field,) if isinstance(field, np.ndarray) else tf.nest.flatten(field))
+    )
+
+
+def check_finite(episode: Episode) -> None:
+    """Raises UserError for NaN and infinite values, which no loss survives."""
+    parts = ("support inputs", "support targets", "query inputs", "query targets")
+    for part, arrays in zip(parts, episode, strict=True):
+        for array in tf.nest.flatten(arrays):
+            if array.dtype.kind == "f" and not np.isfinite(array).all():
+                raise UserError(
+                    f"found NaN or infinite values in {part}, needed finite numbers. Leave these examples "
+                    f"out, or fill the values in."
+                )
 
 
 def _ended(found: int, needed: int) -> UserError:
@@ -182,14 +221,6 @@ def _pairs(arrays: Arrays, shapes: object, what: str, model: str) -> list[tuple[
     if not isinstance(arrays, list | tuple | dict) or len(arrays) != len(shapes):
         raise UserError(f"found {what} that are no {len(shapes)} arrays, needed as many for {model!r}.")
     return list(zip(tf.nest.flatten(arrays), shapes, strict=True))
-
-
-def _check_finite(what: str, array: np.ndarray) -> None:
-    if array.dtype.kind == "f" and not np.isfinite(array).all():
-        raise UserError(
-            f"found NaN or infinite values in {what}, needed finite numbers. Leave these examples out, or "
-            f"fill the values in."
-        )
 
 
 class InOrder:
@@ -290,6 +321,7 @@ def given_blocks(
     """
     made, kept = 0, needs.drawn(episodes, 1)
     if kept:
+        check_finite(kept[0])
         needs = look(kept[0])
         kept = [needs.fitting(kept[0])]
         length = block_length(meta_batch, kept[0], length)
@@ -304,6 +336,8 @@ def given_blocks(
         made += count
         rows, left = rows[: count * meta_batch], len(rows) % meta_batch
         if len(set(map(shapes_of, rows))) > 1:
+            for row in rows:
+                check_finite(row)
             yield from (rows[i : i + meta_batch] for i in range(0, len(rows), meta_batch))
         else:
             yield Block(_laid_out(rows, meta_batch, length), 0, count)
@@ -314,12 +348,12 @@ def given_blocks(
 def _laid_out(episodes: list[Episode], meta_batch: int, length: int) -> Episode:
     """[length, meta-batch, …], filled up with zeros: one shape, so that no block is traced anew."""
 
-    def lay(*rows: np.ndarray) -> tf.Tensor:
-        filled = np.zeros((length * meta_batch, *rows[0].shape), rows[0].dtype)
-        np.stack(rows, out=filled[: len(rows)])
-        return tf.constant(filled.reshape(length, meta_batch, *rows[0].shape))
+    def lay(rows: np.ndarray) -> tf.Tensor:
+        filled = np.zeros((length * meta_batch, *rows.shape[1:]), rows.dtype)
+        filled[: len(rows)] = rows
+        return tf.constant(filled.reshape(length, meta_batch, *rows.shape[1:]))
 
-    return tf.nest.map_structure(lay, *episodes)
+    return tf.nest.map_structure(lay, stack(episodes))
 
 
 class Position:
