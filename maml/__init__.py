@@ -17,7 +17,7 @@ __version__ = "0.1.0"
 # Set TF_CPP_MIN_LOG_LEVEL=0 to see them again, for instance when a GPU is not found.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
-# Keras' too; a backend that was asked for otherwise is refused by `maml.process.silent_start`.
+# Keras' too; a backend that was asked for otherwise is rejected by `maml.process.silent_start`.
 os.environ.setdefault("KERAS_BACKEND", "tensorflow")
 
 # Where the library's names live. They are imported when they are first used, because TensorFlow takes

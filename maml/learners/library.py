@@ -155,7 +155,7 @@ class Learner(Workings):
         callbacks: Sequence[keras.callbacks.Callback] = (),
         epoch: int = 100,
     ) -> dict[str, np.ndarray]:
-        """Meta-trains; a second call goes on from the first, optimizer and position included.
+        """Meta-trains; a second call resumes from the first, optimizer and position included.
 
         Ten calls of one iteration do what one call of ten does, to the bit.
 

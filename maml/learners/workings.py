@@ -31,7 +31,7 @@ from maml.training.progress import COMPILING, Smoothed
 
 
 class Workings:
-    """What stands behind a `Learner`, whose `__init__` sets the attributes.
+    """The inner parts of a `Learner`, whose `__init__` sets the attributes.
 
     Attributes:
         model, iteration: see `Learner`.
@@ -61,7 +61,7 @@ class Workings:
         self._built_of = self._layers()
 
     def _layers(self) -> list[tuple]:
-        """What an algorithm fixes of the model when it is made."""
+        """The parts that an algorithm fixes of the model when it is made."""
         return [
             (id(layer), layer.trainable, getattr(layer, "adapted", True))
             for layer in self.model._flatten_layers()
@@ -131,7 +131,7 @@ class Workings:
         check: bool,
         epoch: int | None,
     ) -> Iterator[Block | list[Episode]]:
-        """What to train on; the first of it has proved the model."""
+        """The blocks to train on; the first of it has proved the model."""
         length = Phase(METATRAIN, self.outer, 0).block_length
         sizes = sizes | dict(length=min(length, epoch or length))
 
@@ -171,8 +171,9 @@ class Workings:
             self._compiled = True
             self.outer.block(*nothing)
             warnings.warn(
-                f"{self.model.name}: computes task by task, which is slower, since TensorFlow cannot batch "
-                f"it ({str(error).splitlines()[0][:200]}). Give vectorize=False to leave out the attempt.",
+                f"{self.model.name}: computes task by task, which is slower, since TensorFlow cannot "
+                f"batch it ({str(error).splitlines()[0][:200]}). Use vectorize=False to leave out the "
+                "attempt.",
                 stacklevel=2,
             )
 
@@ -187,7 +188,7 @@ class Workings:
                 yield self._one_task.update(block, Phase(METATRAIN, self.outer, end), self.iteration)
 
     def _prove(self, episode: Episode) -> None:
-        """What can be known of the model with an episode at hand, once."""
+        """Proves what can be known of the model with an episode at hand, once."""
         x = tf.nest.map_structure(tf.convert_to_tensor, self.algorithm.to_floating(episode).support_x)
         self._proof.model_itself(x)
         if self._needs.outputs is None:

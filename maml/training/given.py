@@ -20,7 +20,7 @@ Arrays = Any  # an array, or a dict, tuple or list of arrays
 
 
 class Needs(NamedTuple):
-    """What a model and its loss need of the arrays of an episode.
+    """Needs of a model and its loss, as to the arrays of an episode.
 
     Fields:
         model: its name, for messages.
@@ -54,8 +54,8 @@ class Needs(NamedTuple):
         parts = list(item) if isinstance(item, list | tuple) or not isinstance(item, dict) else [*item]
         if len(parts) != 4:
             raise UserError(
-                f"found an episode of {len(parts)} parts, needed (support_x, support_y, query_x, query_y). "
-                f"Several episodes are given as a list."
+                f"expected (support_x, support_y, query_x, query_y), got an episode of {len(parts)} "
+                "parts. Several episodes are given as a list."
             )
         arrays = [
             _as_arrays(part, shape)
@@ -71,13 +71,13 @@ class Needs(NamedTuple):
     def _fitting(self, part: str, x: Arrays, y: Arrays) -> tuple[Arrays, Arrays]:
         for one, shape in _pairs(x, self.inputs, f"{part} inputs", self.model):
             if not _fits(one.shape, shape):
-                raise UserError(f"found {part} inputs {one.shape}, needed {shape} for {self.model!r}.")
+                raise UserError(f"expected {shape} for {self.model!r}, got {part} inputs {one.shape}.")
         shapes = [array.shape for array in tf.nest.flatten((x, y))]
         if not all(shapes) or len({shape[0] for shape in shapes}) > 1 or not shapes[0][0]:
             ends = (tf.nest.map_structure(lambda array: array.shape, side) for side in (x, y))
             raise UserError(
-                f"found {part} inputs {next(ends)} with targets {next(ends)}, needed as many of both, at "
-                f"least one."
+                f"expected as many of both, at least one, got {part} inputs {next(ends)} with targets "
+                f"{next(ends)}."
             )
         several = _is_structure(y)
         found = [
@@ -93,8 +93,8 @@ class Needs(NamedTuple):
             y = y[..., np.newaxis]  # [n] against outputs [n, 1] would be taken for a table of all pairs
         if self.alike and not several and not _fits(y.shape, outputs):
             raise UserError(
-                f"found {part} targets {y.shape}, needed {outputs}, as {self.model!r} gives out. "
-                f"Integer labels go with a sparse cross entropy."
+                f"expected {outputs}, as {self.model!r} gives out, got {part} targets {y.shape}. Integer "
+                "labels go with a sparse cross entropy."
             )
         return y
 
@@ -104,15 +104,15 @@ class Needs(NamedTuple):
             y = y[..., 0]
         if y.dtype.kind not in "iu" or (self.outputs and y.ndim != len(self.outputs) - 1):
             raise UserError(
-                f"found {part} labels {y.dtype} {y.shape}, needed one integer per example, as y.astype(int) "
-                f"has them, or y.argmax(-1) of one-hot labels."
+                f"found {part} labels {y.dtype} {y.shape}, expected one integer per example, as "
+                "y.astype(int) has them, or y.argmax(-1) of one-hot labels."
             )
         classes = 2 if binary else (self.outputs or (None,))[-1] or np.inf
         counted = y if self.ignored is None else y[y != self.ignored]
         if counted.size and (counted.min() < 0 or counted.max() >= classes):
             raise UserError(
-                f"found {part} labels {counted.min()} to {counted.max()}, needed 0 to {classes - 1}: in each "
-                f"task the classes are counted from 0."
+                f"expected 0 to {classes - 1}, got {part} labels {counted.min()} to {counted.max()}: in "
+                "each task the classes are counted from 0."
             )
         return y.astype(np.int32)
 
@@ -162,15 +162,15 @@ def check_finite(episode: Episode) -> None:
         for array in tf.nest.flatten(arrays):
             if array.dtype.kind == "f" and not np.isfinite(array).all():
                 raise UserError(
-                    f"found NaN or infinite values in {part}, needed finite numbers. Leave these examples "
-                    f"out, or fill the values in."
+                    f"expected finite numbers, got NaN or infinite values in {part}. Leave these examples "
+                    "out, or fill the values in."
                 )
 
 
 def _ended(found: int, needed: int) -> UserError:
     return UserError(
-        f"the episodes end: found {found} more, needed {needed}. Give a list, which is gone "
-        f"through again and again in training, or ask for fewer iterations or tasks."
+        f"the episodes end: expected {needed}, got {found} more. Use a list, which is gone through again "
+        "and again in training, or ask for fewer iterations or tasks."
     )
 
 
@@ -183,14 +183,14 @@ def _as_arrays(part: object, shape: object) -> Arrays:
             arrays = np.asarray(part)
     except (TypeError, ValueError) as error:
         raise UserError(
-            f"found an episode that cannot be made arrays ({error}), needed (support_x, support_y, "
-            f"query_x, query_y), each of one shape."
+            "expected (support_x, support_y, query_x, query_y), each of one shape, got an episode that "
+            f"cannot be made arrays ({error})."
         ) from error
     types = [array.dtype for array in tf.nest.flatten(arrays)]
     if any(kind.kind in "OSUMm" for kind in types):
         raise UserError(
-            f"found an episode with {', '.join(map(str, types))}, needed arrays of numbers. Several "
-            f"episodes are given as a list."
+            f"expected arrays of numbers, got an episode with {', '.join(map(str, types))}. Several "
+            "episodes are given as a list."
         )
     return arrays
 
@@ -211,15 +211,15 @@ def _pairs(arrays: Arrays, shapes: object, what: str, model: str) -> list[tuple[
     """Every array with the shape that the model has for it."""
     if not _is_structure(shapes):
         if _is_structure(arrays) and shapes is not None:
-            raise UserError(f"found several {what}, needed one array {shapes} for {model!r}.")
+            raise UserError(f"found several {what}, expected one array {shapes} for {model!r}.")
         return [(array, shapes) for array in tf.nest.flatten(arrays)]
     if isinstance(shapes, dict):
         if not isinstance(arrays, dict) or set(arrays) != set(shapes):
             found = sorted(arrays) if isinstance(arrays, dict) else type(arrays).__name__
-            raise UserError(f"found {what} {found}, needed a dict of {', '.join(sorted(shapes))}.")
+            raise UserError(f"expected a dict of {', '.join(sorted(shapes))}, got {what} {found}.")
         return [(arrays[name], shapes[name]) for name in sorted(arrays)]
     if not isinstance(arrays, list | tuple | dict) or len(arrays) != len(shapes):
-        raise UserError(f"found {what} that are no {len(shapes)} arrays, needed as many for {model!r}.")
+        raise UserError(f"expected as many for {model!r}, got {what} that are no {len(shapes)} arrays.")
     return list(zip(tf.nest.flatten(arrays), shapes, strict=True))
 
 
@@ -255,11 +255,11 @@ def chunks(
 
 
 def as_source(episodes: Episodes, needs: Needs, spec: EpisodeSpec | None, split: str) -> EpisodeSource:
-    """What `measure_tasks` draws from; raises UserError if it does not fit the model."""
+    """The data source of `measure_tasks`; raises UserError if it does not fit the model."""
     if not isinstance(spec, EpisodeSpec) or split not in SPLITS:
         raise UserError(
-            f"{type(episodes).__name__} draws episodes of any size: found spec={spec!r} and split={split!r}, "
-            f"needed spec=EpisodeSpec(way, shot, query, seed) and one of {', '.join(SPLITS)}."
+            f"{type(episodes).__name__} draws episodes of any size: expected spec=EpisodeSpec(way, shot, "
+            f"query, seed) and one of {', '.join(SPLITS)}, got spec={spec!r} and split={split!r}."
         )
     episodes.check(spec, split)
     needs.fitting([field[0] for field in episodes.sample(spec, split, tf.zeros(1, tf.int64))])
@@ -357,7 +357,7 @@ def _laid_out(episodes: list[Episode], meta_batch: int, length: int) -> Episode:
 
 
 class Position:
-    """Where training is in what it was given, so that another call goes on from there.
+    """The place of training in the episodes given, so that another call resumes from there.
 
     A collection is gone through again and again: iteration i takes the episodes from i × meta-batch on. A
     generator and a `tf.data.Dataset`, whose order may be another in every pass, go on where they stopped.
@@ -393,8 +393,8 @@ def _again_and_again(episodes: Iterable[Sequence]) -> Iterator[Sequence]:
 def _iterable(episodes: Episodes) -> Iterable[Sequence]:
     if not isinstance(episodes, Iterable):
         raise UserError(
-            f"episodes: found {type(episodes).__name__}, needed a list or generator of (support_x, "
-            f"support_y, query_x, query_y), a tf.data.Dataset of them, or a data source."
+            "episodes: expected a list or generator of (support_x, support_y, query_x, query_y), a "
+            f"tf.data.Dataset of them, or a data source, got {type(episodes).__name__}."
         )
     return episodes
 
