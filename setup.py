@@ -76,7 +76,7 @@ setuptools.setup(
         "pillow>=10.1",
         "tensorboard>=2.20",
         "tensorflow>=2.21",
-        "tensorflow-datasets>=4.9.7",
+        "tensorflow-datasets>=4.9.10",
         "tqdm>=4.66",
     ],
     extras_require={

@@ -31,7 +31,7 @@ WARM_UP = 3  # blocks
 
 
 class Configuration(NamedTuple):
-    """What is measured.
+    """The subject of a measurement.
 
     Fields:
         source: name in SOURCES.

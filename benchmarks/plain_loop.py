@@ -19,7 +19,7 @@ class PlainBatchNorm(keras.layers.Layer):
         self.beta = self.add_weight(shape=(shape[-1],), initializer="zeros", name="beta")
 
     def call(self, x: tf.Tensor) -> tf.Tensor:
-        """Normalises x [n, …, C] per channel."""
+        """Normalizes x [n, …, C] per channel."""
         axes = list(range(len(x.shape) - 1))
         mean = tf.reduce_mean(x, axes)
         variance = tf.reduce_mean(tf.square(x - mean), axes)

@@ -1,7 +1,7 @@
-"""What batch norm's statistics are worth by what is in the query set: `python -m benchmarks.query_sets 5`.
+"""Accuracy by batch norm's statistics and the contents of the query set: `python -m benchmarks.query_sets 5`.
 
 The published weights on 5-way tasks of a folder of photographs, adapted by 10 steps: accuracy and mean
-confidence on query sets of all classes and of few, of many photographs and of one, normalised by their own
+confidence on query sets of all classes and of few, of many photographs and of one, normalized by their own
 statistics (transductive) or by the support set's.
 """
 

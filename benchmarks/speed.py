@@ -101,8 +101,9 @@ class Worker:
         except (EOFError, OSError) as error:
             self._process.join()
             raise UserError(
-                f"the process of '{self.kind}' ended by itself, exit code {self._process.exitcode} (-9: most "
-                "likely for want of memory). Give it more, or leave this workload out with --workload."
+                f"the process of '{self.kind}' ended by itself, exit code {self._process.exitcode} (-9: "
+                "most likely for want of memory). Use it more, or leave this workload out with "
+                "--workload."
             ) from error
 
 
@@ -121,7 +122,7 @@ def compare(
         if against == "loop":
             with Worker("agreement", settings) as worker:
                 row["agreement"] = {f"float64_{name}": value for name, value in worker.ready.items()}
-            refuse_disagreement(row)
+            check_agreement(row)
         kinds = ["ours"] + ["loop"] * (against == "loop")
         workers = {kind: stack.enter_context(Worker(kind, settings)) for kind in kinds}
         if against == "loop":
@@ -129,7 +130,7 @@ def compare(
             for name, loss in losses.items():
                 off = abs(loss - needed[name]) / abs(needed[name])
                 row["agreement"][f"float32_{name}"] = off
-            refuse_disagreement(row)
+            check_agreement(row)
         turns = workers | {"matmul": matmul}
         answers = [{kind: worker.run(seconds) for kind, worker in turns.items()} for _ in range(rounds)]
     row["matmul_flops_per_iteration"] = workers["ours"].ready["matmul_flops"]
@@ -150,14 +151,15 @@ def compare(
     return row
 
 
-def refuse_disagreement(row: dict) -> None:
+def check_agreement(row: dict) -> None:
     """Raises RuntimeError if a deviation in row["agreement"] is above its TOLERANCE."""
     for name, found in row["agreement"].items():
         limit = TOLERANCE.get(name, TOLERANCE["float64"])
-        if not found <= limit:  # so that a NaN is refused as well
+        if not found <= limit:  # so that a NaN is rejected as well
             raise RuntimeError(
-                f"{row['workload']}, order {row['order']}: ours and the plain loop differ by {found:.1e} in "
-                f"{name}, needed at most {limit:.0e}: one of them is wrong, and their speeds mean nothing."
+                f"{row['workload']}, order {row['order']}: ours and the plain loop differ by {found:.1e} "
+                f"in {name}, expected at most {limit:.0e}: one of them is wrong, and their speeds mean "
+                "nothing."
             )
 
 

@@ -1,4 +1,4 @@
-"""MAML on tasks of one's own, the toy that explains it: `python -m examples.logistic_regression`.
+"""MAML on custom tasks, the toy that explains it: `python -m examples.logistic_regression`.
 
 A task is two classes of random 50-dimensional points. Where the labels are random too, as in most first
 explanations, no task tells anything about another: there is nothing to meta-learn, and accuracy on unseen
@@ -6,9 +6,9 @@ tasks stays at chance. Where every task labels by a linear rule of its own, on t
 coordinates, the tasks share which coordinates count, and MAML can learn that.
 
 Not with one layer, though: a gradient step adds a mixture of the support points to the weight vector,
-whatever it was before, so all that an initialisation can hold is a guess of the rule; and the rule w is as
+whatever it was before, so all that an initialization can hold is a guess of the rule; and the rule w is as
 likely as −w. The best guess is zero, and all that is gained is to be rid of the random start. Two layers
-without an activation between them are still a linear classifier, but their initialisation can hold a
+without an activation between them are still a linear classifier, but their initialization can hold a
 subspace: a first layer that lets only the 3 coordinates through, so that a step looks for the rule among
 them instead of in 50 dimensions.
 """
@@ -26,7 +26,7 @@ STEPS = 5  # of the test; training takes one
 
 
 class Points:
-    """Points in [−1, 1]^50 of two classes: labelled at random, or by a rule of each task's own."""
+    """Points in [−1, 1]^50 of two classes: labeled at random, or by a rule of each task's own."""
 
     def __init__(self, rule: bool):
         """With `rule`, w·x > 0 for class 1, of a random w on the first 3 coordinates; else at random."""
@@ -35,14 +35,14 @@ class Points:
     def check(self, spec: EpisodeSpec, split: str) -> None:
         """Raises UserError unless two ways are asked for; any number of points can be had."""
         if spec.way != 2:
-            raise UserError(f"points: found {spec.way}-way episodes, needed 2-way. Give way=2.")
+            raise UserError(f"points: expected 2-way, got {spec.way}-way episodes. Use way=2.")
 
     def sample(self, spec: EpisodeSpec, split: str, indices: tf.Tensor) -> Episode:
         """Episodes of 2·K support and 2·Q query points: float32 x [t, n, 50] and int32 y [t, n]."""
         stream = Stream(spec.seed, split, indices)
         support, n = 2 * spec.shot, 2 * (spec.shot + spec.query)
         x = 2 * stream.uniform("x", n, DIMENSIONS) - 1
-        # Half of each class; points drawn without a look at these labels are labelled at random.
+        # Half of each class; points drawn without a look at these labels are labeled at random.
         y = tf.range(n) % 2 + tf.zeros_like(indices, tf.int32)[:, tf.newaxis]
         if self.rule:
             # x is as likely as −x, so turning round what lies on the wrong side gives exact counts.

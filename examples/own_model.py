@@ -1,4 +1,4 @@
-"""MAML of a Keras model of one's own, on tasks of one's own: `python -m examples.own_model`.
+"""MAML of a custom Keras model, on custom tasks: `python -m examples.own_model`.
 
 A task is a sine wave of any height and shift, of which ten points are known. Half a minute.
 """

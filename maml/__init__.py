@@ -17,7 +17,7 @@ __version__ = "0.1.0"
 # Set TF_CPP_MIN_LOG_LEVEL=0 to see them again, for instance when a GPU is not found.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
-# Keras' too; a backend that was asked for otherwise is refused by `maml.process.silent_start`.
+# Keras' too; a backend that was asked for otherwise is rejected by `maml.process.silent_start`.
 os.environ.setdefault("KERAS_BACKEND", "tensorflow")
 
 # Where the library's names live. They are imported when they are first used, because TensorFlow takes
@@ -41,6 +41,7 @@ _HOMES = {
     "mean_squared_error": "learners.losses",
     "mlp": "networks.mlp",
     "resnet12": "networks.resnet12",
+    "plain": "networks.export",
     "series": "training.evaluate",
 }
 __all__ = [*_HOMES]
@@ -57,6 +58,7 @@ if TYPE_CHECKING:
     from maml.learners.losses import cross_entropy as cross_entropy
     from maml.learners.losses import mean_squared_error as mean_squared_error
     from maml.networks.conv4 import conv4 as conv4
+    from maml.networks.export import plain as plain
     from maml.networks.layers import BatchNorm as BatchNorm
     from maml.networks.layers import LayerNorm as LayerNorm
     from maml.networks.layers import LayerNormalization as LayerNormalization

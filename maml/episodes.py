@@ -43,7 +43,7 @@ class SemiSupervisedEpisode(NamedTuple):
 
 
 class EpisodeSpec(NamedTuple):
-    """What is asked of a data set: N ways, K support and Q query examples per class, and the seed."""
+    """The episodes asked of a data set: N ways, K support and Q query examples per class, and the seed."""
 
     way: int
     shot: int

@@ -1,4 +1,4 @@
-"""What ends the program with one message: mistakes of the user's, and the world's."""
+"""Exceptions that end the program with one message: mistakes of the user's, and failures on the way."""
 
 import re
 
@@ -14,8 +14,8 @@ class _Message(Exception):
 
 
 class UserError(_Message):
-    """A mistake the user can mend: says what was found, what was needed, what to do. Exit code 2."""
+    """A mistake the user can fix: says what was found, what was needed, what to do. Exit code 2."""
 
 
 class Failure(_Message):
-    """What ends a run on its way though nothing was asked wrongly: a full disk, a NaN. Exit code 1."""
+    """A failure of a run that was asked for rightly: a full disk, a NaN. Exit code 1."""

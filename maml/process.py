@@ -96,12 +96,12 @@ class Output:
         return getattr(self._stream, name)
 
     def write(self, text: str) -> int:
-        """As of any text stream."""
+        """Writes as any text stream does."""
         self._try(self._stream.write, text)
         return len(text)
 
     def flush(self) -> None:
-        """As of any text stream."""
+        """Writes as any text stream does."""
         self._try(self._stream.flush)
 
     def _try(self, action: Callable, *arguments: str) -> None:

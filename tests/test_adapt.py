@@ -39,7 +39,7 @@ def published(data_dir) -> pathlib.Path:
 
 @pytest.fixture(scope="module")
 def photographs(data_dir, tmp_path_factory) -> pathlib.Path:
-    """Five classes of real ones: one and two to learn from in turn, two to tell apart, of each."""
+    """Five classes of real ones: one and two to learn from in turn, two to classify, of each."""
     folder = tmp_path_factory.mktemp("photographs")
     classes: dict[str, list[bytes]] = {}
     with tarfile.open(data_dir / "tiny_imagenet_fewshot.tar") as archive:
@@ -235,13 +235,13 @@ GOOD = {"cat/1.png": 1, "dog/1.png": 2}
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        (None, "not found, needed a folder of photographs for every class. Check the path"),
+        (None, "not found, expected a folder of photographs for every class. Check the path"),
         ({}, "found no class folders"),
         ({"1.png": 1}, "found no class folders"),
         ({"cat/1.png": 1}, r"found one class \(cat\), needed at least 2"),
         ({f"{i}/1.png": i for i in range(12)}, r"found 12 classes \(0, 1, 2, 3, 4, 5, … and 6 more\), needed "
          "at most 5, as many as the network has outputs"),
-        (GOOD | {"eel/readme.txt": b""}, "found no images of eel, needed a few"),
+        (GOOD | {"eel/readme.txt": b""}, "expected a few, got no images of eel"),
         (GOOD | {"cat/2.jpg": b"GIF"}, r"1 image cannot be read: .*/cat/2\.jpg \(not an image\).*--skip_bad"),
     ],
 )  # fmt: skip
@@ -254,8 +254,8 @@ def test_support_sets_that_cannot_be_meant_are_refused(files, message, tmp_path)
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        (None, "not found, needed the photographs to be told apart"),
-        ({}, "found no photographs, needed one at least"),
+        (None, "not found, expected the photographs to be classified"),
+        ({}, "found no photographs, expected one at least"),
         ({"cow/1.png": 1, "cat/1.png": 1}, r"no classes of --support \(cow\), needed some of cat, dog"),
         ({"cat/1.png": 1, "2.png": 1}, "found an image outside any class folder"),
         ({"1.png": b""}, r"1 image cannot be read: .*/1\.png \(no bytes\)"),
@@ -383,7 +383,7 @@ def test_nothing_of_another_is_overwritten(tmp_path):
     with pytest.raises(UserError, match="in that of --query, whose pictures would be read as photographs"):
         predictions.out_folder(str(query / "new"), support, written(query, {}))
     for name in ("theirs/steps.png", "nowhere/new"):
-        with pytest.raises(UserError, match="needed a folder or the name of a new one"):
+        with pytest.raises(UserError, match="expected a folder or the name of a new one"):
             predictions.out_folder(str(tmp_path / name), support, query)
 
 

@@ -128,7 +128,7 @@ def test_tensorboard_curves_have_every_point_once(trained):
 
 
 def test_resuming_is_bit_exact(trained, tmp_path):
-    """Stopped in the middle of a block of iterations, and gone on with."""
+    """Stopped in the middle of a block of iterations, and resumed."""
     maml(tmp_path, "--metatrain_iterations=250", *TINY)
     done = maml(tmp_path, "--metatrain_iterations=350", *TINY)
     assert "resumed from iteration 250 of 350" in done.stdout

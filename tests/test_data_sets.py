@@ -90,7 +90,7 @@ def test_classes_can_be_listed_and_of_unequal_sizes():
         ((X, Y, {"train": 0.5, "holdout": 0.5}), "expected splits among train, .*got train, holdout"),
         ((X, Y, {"train": ["class 1"], "test": ["class 11"]}), "got class 11 in test"),
         ((X, Y, {"train": ["class 1"], "test": ["class 1"]}), "got class 1 in train and test"),
-        ((X[:2], Y[:2]), "found 2 classes, needed at least 3"),
+        ((X[:2], Y[:2]), "expected at least 3, got 2 classes"),
     ],
 )  # fmt: skip
 def test_arrays_that_make_no_data_set_are_refused(arguments, message):

@@ -213,7 +213,7 @@ def test_the_sinusoid_is_what_the_oracle_is_told():
 
 
 @pytest.mark.parametrize(
-    ("spec", "found", "needed"),
+    ("spec", "found", "expected"),
     [
         (EpisodeSpec(5, 1, 1, 0), "got 4 train classes", "expected 5 classes"),
         (EpisodeSpec(4, 2, 5, 0), "got 6 of train class 0 (4 classes", "expected 7 images of every class"),

@@ -146,5 +146,5 @@ def test_an_episode_is_a_function_of_seed_split_and_index(rule):
 
 
 def test_other_than_two_ways_are_refused():
-    with pytest.raises(UserError, match="found 5-way episodes, needed 2-way"):
+    with pytest.raises(UserError, match="expected 2-way, got 5-way episodes"):
         next(stream_blocks(Points(rule=True), SPEC._replace(way=5), "train", meta_batch=1, block=1))

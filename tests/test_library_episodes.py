@@ -1,4 +1,4 @@
-"""What the library is given: losses told apart, episodes in every form checked and stacked."""
+"""What the library is given: losses by kind, episodes in every form checked and stacked."""
 
 import re
 
@@ -89,10 +89,10 @@ def test_lists_data_sets_and_generators_give_the_same_blocks():
             assert rows == same
             for one, field in zip(block, other, strict=True):
                 np.testing.assert_array_equal(one, field)
-    with pytest.raises(UserError, match="the episodes end: found 2 more, needed 4"):
+    with pytest.raises(UserError, match="the episodes end: expected 4, got 2 more"):
         blocks(iter(tasks[:2]), iterations=3, length=3)
     learner = Learner(network("functional"), LOGITS, inner_lr=0.1)
-    with pytest.raises(UserError, match="the episodes end: found 8 more, needed 9"):
+    with pytest.raises(UserError, match="the episodes end: expected 9, got 8 more"):
         learner.evaluate(tasks, tasks=9)
 
 
@@ -113,14 +113,14 @@ def test_a_data_source_goes_on_where_training_was():
     ("change", "message"),
     [
         (lambda x, y, *rest: (x, y), "an episode of 2 parts"),
-        (lambda x, y, *rest: dict(x=x, y=y, query_x=x, query_y=y), "an episode with <U1, needed arrays"),
+        (lambda x, y, *rest: dict(x=x, y=y, query_x=x, query_y=y), "an episode with <U1, expected arrays"),
         (lambda x, y, *rest: ([[1, 2], [3]], y, *rest), "an episode that cannot be made arrays"),
-        (lambda x, y, *rest: (x[:, :3], y, *rest), "support inputs (6, 3), needed (None, 4) for 'mine'"),
+        (lambda x, y, *rest: (x[:, :3], y, *rest), "support inputs (6, 3), expected (None, 4) for 'mine'"),
         (lambda x, y, *rest: (x, y, x, y[:5]), "query inputs (6, 4) with targets (5,)"),
         (lambda x, y, *rest: (x[:0], y[:0], *rest), "support inputs (0, 4) with targets (0,)"),
-        (lambda x, y, *rest: (x, y[:, None], *rest), "labels int64 (6, 1), needed one integer per example"),
+        (lambda x, y, *rest: (x, y[:, None], *rest), "labels int64 (6, 1), expected one integer per example"),
         (lambda x, y, *rest: (x, y / 2, *rest), "labels float64"),
-        (lambda x, y, *rest: (x, y + 1, *rest), "labels 1 to 3, needed 0 to 2"),
+        (lambda x, y, *rest: (x, y + 1, *rest), "labels 1 to 3, expected 0 to 2"),
     ],
 )
 def test_episodes_that_do_not_fit_are_refused(change, message):
@@ -132,7 +132,7 @@ def test_targets_are_of_the_outputs_shape():
     needs = Needs("mine", (None, 4), (None, 1), labels=False, alike=True)
     x, y = np.zeros((6, 4)), np.arange(6.0)
     assert needs.fitting((x, y, x, y[:, None])).support_y.shape == (6, 1)
-    with pytest.raises(UserError, match=re.escape("support targets (6, 2), needed (None, 1)")):
+    with pytest.raises(UserError, match=re.escape("support targets (6, 2), expected (None, 1)")):
         needs.fitting((x, np.zeros((6, 2)), x, y))
     own_loss = needs._replace(alike=False)
     assert own_loss.fitting((x, np.zeros((6, 2)), x, y)).support_y.shape == (6, 2)
@@ -147,7 +147,7 @@ def test_other_mistakes_are_told():
         learner.fit(Sinusoid(), iterations=1, spec=EpisodeSpec(1, 5, 5, 0), split="training")
     with pytest.raises(UserError, match=r"support inputs \(5, 1\), needed \(None, 4\)"):
         learner.evaluate(Sinusoid(), tasks=1, spec=EpisodeSpec(1, 5, 5, 0))
-    with pytest.raises(UserError, match="episodes: found int, needed a list"):
+    with pytest.raises(UserError, match="episodes: expected a list, got int"):
         learner.fit(7, iterations=1)
     with pytest.raises(UserError, match=r"expected iterations to be .* got 1000\.0"):
         learner.fit([task], iterations=1e3)

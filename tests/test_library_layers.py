@@ -1,4 +1,4 @@
-"""Layers in the library: second derivatives, noise, and what is refused because it would be wrong."""
+"""Layers in the library: second derivatives, noise, and what is rejected because it would be wrong."""
 
 import re
 from collections.abc import Callable
@@ -195,7 +195,7 @@ def test_the_meta_gradient_is_the_finite_difference_and_the_same_batched(kind, c
 
 def unfit(layer: L.Layer) -> keras.Model:
     shape = (4, 4, 2) if isinstance(layer, (L.GroupNormalization, L.UpSampling2D)) else (4,)
-    # After a linear layer alone, layer normalisation's error cancels: losses do not see its inputs' mean.
+    # After a linear layer alone, layer normalization's error cancels: losses do not see its inputs' mean.
     middle = [L.Dense(6, activation="tanh"), layer, L.Activation("tanh"), L.Flatten()]
     keras.utils.set_random_seed(3)
     return keras.Sequential([keras.Input(shape), *middle, L.Dense(WAY)])

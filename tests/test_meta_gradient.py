@@ -347,7 +347,7 @@ def test_only_a_transductive_prediction_depends_on_the_other_queries(name):
 
 @pytest.mark.parametrize("name", BATCHED)
 def test_support_images_as_queries_are_predicted_as_among_the_support_set(name):
-    """The statistics are those of the whole support set of the task at hand, under the adapted weights."""
+    """The statistics are those of the complete support set of the task at hand, under the adapted weights."""
     maml, tasks = with_batch_norm(name)
     same = tasks._replace(query_x=tasks.support_x, query_y=tasks.support_y)
     some = same._replace(query_x=same.query_x[:, 1:3], query_y=same.query_y[:, 1:3])

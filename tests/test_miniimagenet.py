@@ -1,4 +1,4 @@
-"""mini-ImageNet from its three forms, all made small here, and what is refused."""
+"""mini-ImageNet from its three forms, all made small here, and what is rejected."""
 
 import io
 import os
@@ -239,7 +239,7 @@ def test_a_pickle_that_asks_for_code_is_refused_and_not_run(evil, named, tmp_pat
 def test_a_damaged_pickle_is_one_message(data, tmp_path):
     path = tmp_path / "a.pkl"
     path.write_bytes(data)
-    with pytest.raises(UserError, match=r"a.pkl: not a whole pickle .* Fetch the file again"):
+    with pytest.raises(UserError, match=r"a.pkl: not a complete pickle .* Fetch the file again"):
         pickles.load(path)
 
 
@@ -294,7 +294,7 @@ JPG = "val/n00000003/n0000000300000001.jpg"
         ("pickles", drop(VAL), r"found 2 of the 3 .* missing: .*val.pkl"),
         ("pickles", rewrite("train", without_class), r"train.pkl: class n00000002 is missing; found 1 of"),
         ("pickles", rewrite("train", with_wrong_row), r"n00000002: found image indices 4 to 77, needed 0"),
-        ("pickles", rewrite("test", lambda contents: [contents]), "needed a dictionary with image_data"),
+        ("pickles", rewrite("test", lambda contents: [contents]), "expected a dictionary with image_data"),
         ("pickles", rewrite("test", lambda c: c | {"image_data": c["image_data"] / 255}), "found .*float64"),
         ("folders", drop("train/n00000001/n0000000100000002.jpg"), r"00001: found 2 images, needed 3"),
         ("folders", move("test", "tests"), r"there is no .*test"),

@@ -133,12 +133,12 @@ def test_omniglot_has_the_figures_of_main(data_dir, tmp_path):
 
 
 def test_a_folder_that_is_no_run_or_has_another_name_is_refused(sinusoid, tmp_path):
-    with pytest.raises(UserError, match="found no flags in it, needed a run folder"):
+    with pytest.raises(UserError, match="expected a run folder, got no flags in it"):
         load.test_settings(tmp_path, [])
     renamed = tmp_path / "mine"
     renamed.mkdir()
     shutil.copy(sinusoid / "flags", renamed)
-    with pytest.raises(UserError, match=f"named mine, needed {re.escape(SINUSOID)}"):
+    with pytest.raises(UserError, match=f"named mine, expected {re.escape(SINUSOID)}"):
         load.test_settings(renamed, [])
     with pytest.raises(UserError, match=r"needed cls_5\.mbs_9"):
         load.test_settings(sinusoid, ["--meta_batch_size=9"])
@@ -154,7 +154,7 @@ def test_a_link_stands_for_its_run(sinusoid, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((), "found nothing, needed one run folder"),
+        ((), "found nothing, expected one run folder"),
         (("/nowhere",), "found no flags in it"),
         (("/nowhere", "--notransductive"), "--transductive: found it given"),
     ],

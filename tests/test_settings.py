@@ -1,4 +1,4 @@
-"""Flags: the original's names and defaults, the paper's values, run names, and what is refused."""
+"""Flags: the original's names and defaults, the paper's values, run names, and what is rejected."""
 
 import copy
 import pathlib

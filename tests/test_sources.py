@@ -147,7 +147,7 @@ def damaged_tfds(folder: pathlib.Path) -> None:
         (not_a_zip, r"images_background\.zip: unreadable"),
         (other_layout, r"images_background\.zip: found 0 characters .*needed 964"),
         (leading_out, r"leads out of the archive"),
-        (incomplete_tree, "found 0 characters .*needed 1623"),
+        (incomplete_tree, "found 0 characters .*expected 1623"),
         (damaged_tfds, "not readable by TensorFlow Datasets"),
     ],
 )
@@ -198,7 +198,7 @@ def turned(orientation: int) -> bytes:
 
 GREY16 = np.full((30, 40), 0x8080, np.uint16)
 ALPHA = Image.new("RGBA", (40, 30), (255, 0, 0, 0))
-# name: (encoded, colour of the upper left corner, of the lower left corner)
+# name: (encoded, color of the upper left corner, of the lower left corner)
 KINDS = {
     "RGB": (encoded(two_halves(), "png"), (255, 0, 0), (0, 0, 255)),
     "grey": (encoded(Image.new("L", (40, 30), 100), "png"), (100,) * 3, (100,) * 3),
@@ -345,7 +345,7 @@ BAD = {
     "a stray image": (good() | {"val/1.jpg": photograph("red")}, "outside any class folder"),
     "two classes only": (
         {f"{c}/{i}.png": photograph(c, "png") for c in ("red", "blue") for i in range(3)},
-        "found 2 classes, needed at least 3",
+        "expected at least 3, got 2 classes",
     ),
 }  # fmt: skip
 

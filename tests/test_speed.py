@@ -156,9 +156,9 @@ def test_the_check_before_timing_sees_a_wrong_learner():
     assert found["query_loss"] < speed.TOLERANCE["float64"] < found["meta_gradient"]
     row = {"workload": "mlp", "order": 2, "agreement": {f"float64_{name}": x for name, x in found.items()}}
     with pytest.raises(RuntimeError, match="float64_meta_gradient"):
-        speed.refuse_disagreement(row)
+        speed.check_agreement(row)
     with pytest.raises(RuntimeError, match="float32_query_loss"):
-        speed.refuse_disagreement(row | {"agreement": {"float32_query_loss": float("nan")}})
+        speed.check_agreement(row | {"agreement": {"float32_query_loss": float("nan")}})
 
 
 # --- The size of our graph ----------------------------------------------------------------------------
@@ -217,13 +217,13 @@ def test_the_command_measures_and_writes_what_it_promises(tmp_path):
 @pytest.mark.parametrize(
     ("argument", "message"),
     [
-        ("--workload=cifar", "found --workload=cifar, needed some of sinusoid, omniglot_5way_1shot"),
-        ("--order=3", "found --order=3, needed 2, 1 or both"),
+        ("--workload=cifar", "expected some of sinusoid, omniglot_5way_1shot, got --workload=cifar"),
+        ("--order=3", "expected 2, 1 or both, got --order=3"),
         (
             "--json=/nowhere/speed.json",
             "found --json=/nowhere/speed.json (No such file",
         ),
-        ("--json=/", "found --json=/ (Is a directory), needed"),
+        ("--json=/", "found --json=/ (Is a directory), expected"),
         ("--meta_batch_size=2", "the settings of a workload are fixed"),
         ("--against=world", "against"),
     ],

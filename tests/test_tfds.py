@@ -1,4 +1,4 @@
-"""Sets of TensorFlow Datasets by name, prepared here without a network; and what is refused."""
+"""Sets of TensorFlow Datasets by name, prepared here without a network; and what is rejected."""
 
 import json
 import pathlib

@@ -187,7 +187,7 @@ def remarks(
     transductive: bool,
     by_prototypes: bool = False,
 ) -> list[str]:
-    """What one should know of how the photographs are read and the predictions made."""
+    """Remarks on how the photographs are read and the predictions made."""
     said: list[str] = []
     side = f"{settings.img_size}×{settings.img_size} pixels"
     if way < settings.num_classes and settings.tested_steps and not by_prototypes:

@@ -15,7 +15,7 @@ from maml.settings.jobs import Job
 def result(job: Job, title: str) -> dict:
     """The result of a job: the one that is there already, or else that of running it now.
 
-    Training goes on from where it was stopped. The run's output is shown under the title.
+    Training resumes from where it was stopped. The run's output is shown under the title.
 
     Raises:
         UserError: if the run ends with an error, which it has then said itself.

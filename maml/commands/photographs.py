@@ -1,4 +1,4 @@
-"""What `maml adapt` is asked, read and checked before TensorFlow is imported, which takes seconds."""
+"""The request of `maml adapt`, read and checked before TensorFlow is imported, which takes seconds."""
 
 import dataclasses
 import functools
@@ -19,7 +19,7 @@ NOT_THE_RUNS = ("init_from", "skip_bad_images", "transductive", "update_lr")
 
 
 class Request(NamedTuple):
-    """What `maml adapt` is asked.
+    """The request of `maml adapt`.
 
     Fields:
         settings: of the network.

@@ -122,7 +122,7 @@ def task_counts(settings: Settings) -> list[int]:
 
 
 def head(settings: Settings) -> str:
-    """What is measured, and the names of the table's columns."""
+    """The measure in words, and the names of the table's columns."""
     split = {"val": "meta-validation", "test": "meta-test"}[settings.split]
     measure = evaluate.SHOWN["accuracy" if settings.classification else "loss"][2]
     columns = [
@@ -161,7 +161,7 @@ def line(variant: Variant, result: TestResult) -> str:
 
 
 def as_csv(measured: list[tuple[Variant, TestResult]], device: str) -> str:
-    """One row per protocol and step 0…n, each with the whole protocol; all on the query sets.
+    """One row per protocol and step 0…n, each with the complete protocol; all on the query sets.
 
     Args:
         measured: the protocols and what was found under them, at least one.

@@ -28,7 +28,7 @@ def job(cell: str, scale: float, overrides: Sequence[str] = ()) -> Job:
         overrides: arguments of a run that are stronger than the cell's flagfile.
 
     Raises:
-        UserError: if `maml` would refuse them.
+        UserError: if `maml` would reject them.
     """
     asked = parse([f"--flagfile={flagfile(cell)}", *overrides])
     arguments = [f"--flagfile={flagfile(cell)}", *overrides]

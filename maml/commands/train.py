@@ -91,7 +91,7 @@ def _test(settings: Settings, learner: Algorithm, data: EpisodeSource, folder: R
 
 
 def _header(settings: Settings, from_paper: dict[str, object], devices: str) -> str:
-    """What runs on what, but for the network, which depends on the data."""
+    """The header of a run, but for the network, which depends on the data."""
     way = settings.num_classes if settings.classification else 1
     support, query = way * settings.update_batch_size, way * settings.num_query
     steps = settings.trained_steps if settings.train else settings.tested_steps
@@ -162,7 +162,7 @@ def _described(settings: Settings, network: keras.Model) -> str:
 
 
 def _next(settings: Settings) -> list[str]:
-    """What can be done with the run."""
+    """Commands to continue with."""
     lines = []
     if settings.classification and not settings.test_set:
         again = shlex.join([f"--flagfile={settings.run_dir / 'flags'}", "--train=False", "--test_set"])

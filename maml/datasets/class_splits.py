@@ -39,8 +39,8 @@ def by_fractions(
     rest = n - sum(sizes.values())
     if rest < 1:
         raise UserError(
-            f"{name}: found {n} classes, needed at least {len(fractions)}: one each to train, validate and "
-            f"test on. Add classes."
+            f"{name}: expected at least {len(fractions)}, got {n} classes: one each to train, validate "
+            "and test on. Add classes."
         )
     return split_by_seed(classes, {first: rest} | sizes, seed)
 

@@ -46,11 +46,11 @@ def photographs(path: str | pathlib.Path) -> ImageSource:
     path = pathlib.Path(path)
     if not os.path.exists(path):  # which, unlike pathlib's, answers whatever the path
         raise UserError(
-            f"--data_dir: {path} not found, needed the folder of the class folders. Check the path."
+            f"--data_dir: {path} not found, expected the folder of the class folders. Check the path."
         )
     if not path.is_dir() and path.suffix.lower() not in ARCHIVES:
         raise UserError(
-            f"--data_dir: {path} is a file; needed a folder, or a .tar or .zip archive, with "
+            f"--data_dir: {path} is a file; expected a folder, or a .tar or .zip archive, with "
             f"{{train,val,test}}/<class>/* or <class>/*. Unpack it, or point at its folder."
         )
     return ImageSource(str(path), fingerprint(path), LazySplits(lambda: _photo_splits(open_tree(path))))

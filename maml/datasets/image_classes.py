@@ -144,7 +144,7 @@ def _as_tensor(images: np.ndarray) -> tf.Tensor:
     """The images as a tensor: of a mapped file, a view without a copy, which is read as it is used."""
     if not isinstance(images, np.memmap):
         return tf.convert_to_tensor(images)
-    # DLPack passes on the address. NumPy would refuse: it hands over read-only arrays in a newer form
+    # DLPack passes on the address. NumPy would reject: it hands over read-only arrays in a newer form
     # of it only, which TensorFlow does not take; so here is an array that says nothing of being read-only.
     raw = (ctypes.c_uint8 * images.size).from_address(images.ctypes.data)
     tensor = tf.experimental.dlpack.from_dlpack(np.ctypeslib.as_array(raw).reshape(images.shape).__dlpack__())

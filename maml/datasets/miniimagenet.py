@@ -26,7 +26,7 @@ from maml.datasets.folder import load_photographs
 from maml.datasets.image_classes import ImageClasses
 from maml.datasets.images import pickles
 from maml.datasets.images.archives import read_file, read_part, tar_members
-from maml.datasets.images.decode import open_image, refuse_huge
+from maml.datasets.images.decode import check_size, open_image
 from maml.datasets.images.source import ImageFile, ImageSource, LazySplits, misplaced, one_at_a_time
 from maml.errors import UserError
 
@@ -63,7 +63,7 @@ def decode(raw: bytes | np.ndarray, side: int = SIDE) -> np.ndarray:
     file's metadata is not looked at.
     """
     with open_image(raw) as image:
-        refuse_huge(image)
+        check_size(image)
         small = image.convert("RGB")
     if small.size != (side, side):
         small = small.resize((side, side), Image.Resampling.LANCZOS)
@@ -91,10 +91,10 @@ def find(folders: Sequence[pathlib.Path], table: Table | None = None) -> ImageSo
                 return _class_folders(folder, table)
         except OSError as error:
             raise UserError(
-                f"{NAME}: {error.filename or folder}: found {error.strerror or error}, needed to read it. "
-                f"Check the folder and the rights."
+                f"{NAME}: {error.filename or folder}: found {error.strerror or error}, expected to read "
+                "it. Check the folder and the permissions."
             ) from error
-    missing = f"{NAME}: not found in {' or '.join(map(str, folders))}, but needed."
+    missing = f"{NAME}: not found in {' or '.join(map(str, folders))}, but expected."
     if elsewhere := misplaced(folders, lambda folder: is_form(folder, table)):
         raise UserError(f"{missing} {elsewhere}")
     raise UserError(
@@ -147,14 +147,14 @@ def _check_classes(where: object, found: Mapping[str, int], needed: Mapping[str,
         what = f"class {missing[0]} is missing" if missing else f"class {other[0]} does not belong there"
         raise UserError(
             f"{NAME}: {where}: {what}; found {len(found.keys() & needed.keys())} of the {len(needed)} "
-            f"classes needed and {len(other)} others. Get Ravi & Larochelle's, or use your "
-            f"own classes with --datasource=folder."
+            f"classes expected and {len(other)} others. Get Ravi & Larochelle's, or use your own classes "
+            "with --datasource=folder."
         )
     for wnid, numbers in needed.items():
         if found[wnid] != len(numbers):
             raise UserError(
-                f"{NAME}: {where}: class {wnid}: found {found[wnid]} images, needed {len(numbers)}. "
-                f"Get the missing files again, or use them with --datasource=folder."
+                f"{NAME}: {where}: class {wnid}: expected {len(numbers)}, got {found[wnid]} images. Get "
+                "the missing files again, or use them with --datasource=folder."
             )
 
 
@@ -170,23 +170,24 @@ def _tar(path: pathlib.Path, table: Table) -> ImageSource:
 
 
 def _list_tar(path: pathlib.Path, table: Table) -> Splits:
-    """Where in the archive the images are. Nothing is unpacked, so names in it lead nowhere else."""
+    """The places of the images in the archive. Nothing is unpacked, so names in it lead nowhere else."""
     synsets = _scan_synsets(path, {wnid for classes in table.values() for wnid in classes})
     splits: dict[str, dict[str, list[ImageFile]]] = {}
     for split, classes in table.items():
         missing = sorted(classes.keys() - synsets.keys())
         if missing:
             raise UserError(
-                f"{NAME}: {path}: class {missing[0]} is missing: found {len(classes) - len(missing)} of the "
-                f"{len(classes)} {split} classes needed, as <wnid>.tar in it. Needed is the archive of all "
-                f"ILSVRC2012 training images (138 GB, MD5 1d675b47d978889d74fa0da5fadfb00e)."
+                f"{NAME}: {path}: class {missing[0]} is missing: found {len(classes) - len(missing)} of "
+                f"the {len(classes)} {split} classes expected, as <wnid>.tar in it. Needed is the archive "
+                "of all ILSVRC2012 training images (138 GB, MD5 1d675b47d978889d74fa0da5fadfb00e)."
             )
         for wnid, numbers in classes.items():
             files = [file for _, file in sorted(synsets[wnid].items())]
             if len(files) < max(numbers):
                 raise UserError(
-                    f"{NAME}: {path}: class {wnid}: found {len(files)} images in {wnid}.tar, needed at least "
-                    f"{max(numbers)}. Fetch the archive again (MD5 1d675b47d978889d74fa0da5fadfb00e)."
+                    f"{NAME}: {path}: class {wnid}: expected at least {max(numbers)}, got {len(files)} "
+                    f"images in {wnid}.tar. Fetch the archive again (MD5 "
+                    "1d675b47d978889d74fa0da5fadfb00e)."
                 )
             chosen = splits.setdefault(split, {}).setdefault(wnid, [])
             for number in numbers:
@@ -222,7 +223,7 @@ def _scan_synsets(path: pathlib.Path, wanted: set[str]) -> dict[str, dict[int, t
     except Exception as error:  # a damaged archive can fail anywhere in any way
         raise UserError(
             f"{NAME}: {path}: unreadable, or cut short, after {len(synsets)} of {len(wanted)} classes "
-            f"({error}), needed all. Fetch it again (MD5 1d675b47d978889d74fa0da5fadfb00e)."
+            f"({error}), expected all. Fetch it again (MD5 1d675b47d978889d74fa0da5fadfb00e)."
         ) from error
     return synsets
 
@@ -239,7 +240,7 @@ def _pickles(folder: pathlib.Path, table: Table) -> ImageSource:
     missing = [path.name for path in paths.values() if not path.is_file()]
     if missing:
         raise UserError(
-            f"{NAME}: {folder}: found {len(paths) - len(missing)} of the {len(paths)} files needed; "
+            f"{NAME}: {folder}: found {len(paths) - len(missing)} of the {len(paths)} files expected; "
             f"missing: {', '.join(missing)}. Put them there."
         )
     read = one_at_a_time(_read_pickle)
@@ -262,8 +263,8 @@ def _list_pickle(
     for wnid, rows in classes.items():
         if min(rows) < 0 or max(rows) >= len(images):
             raise UserError(
-                f"{NAME}: {path}: class {wnid}: found image indices {min(rows)} to {max(rows)}, "
-                f"needed 0 to {len(images) - 1}. Fetch the file again."
+                f"{NAME}: {path}: class {wnid}: expected 0 to {len(images) - 1}, got image indices "
+                f"{min(rows)} to {max(rows)}. Fetch the file again."
             )
     del images
     return {
@@ -284,14 +285,14 @@ def _read_pickle(path: pathlib.Path) -> tuple[np.ndarray, dict[str, list[int]]]:
         classes = {pickles.text(k): [int(row) for row in rows] for k, rows in contents["class_dict"].items()}
     except Exception as error:  # what a pickle holds can be anything
         raise UserError(
-            f"{NAME}: {path}: needed a dictionary with image_data and class_dict "
+            f"{NAME}: {path}: expected a dictionary with image_data and class_dict "
             f"({type(error).__name__}: {error}). Is it another set's file? Fetch the right one."
         ) from error
     if not isinstance(images, np.ndarray) or images.dtype != np.uint8 or images.shape[1:] != (SIDE, SIDE, 3):
         found = f"{images.dtype} {list(images.shape)}" if isinstance(images, np.ndarray) else type(images)
         raise UserError(
-            f"{NAME}: {path}: found image_data of {found}, needed uint8 [n, {SIDE}, {SIDE}, 3]. "
-            f"Fetch the file again."
+            f"{NAME}: {path}: expected uint8 [n, {SIDE}, {SIDE}, 3], got image_data of {found}. Fetch the "
+            "file again."
         )
     return images, classes
 
@@ -305,8 +306,8 @@ def _class_folders(folder: pathlib.Path, table: Table) -> ImageSource:
     for split, needed in table.items():
         if not (folder / split).is_dir():
             raise UserError(
-                f"{NAME}: {folder}: needed the folders {', '.join(table)}; there is no {folder / split}. "
-                f"Put it there."
+                f"{NAME}: {folder}: expected the folders {', '.join(table)}; there is no "
+                f"{folder / split}. Put it there."
             )
         classes = splits.setdefault(split, {})
         for child in sorted((folder / split).iterdir()):

@@ -18,7 +18,7 @@ OMNIGLOT_CHARACTERS = sum(OMNIGLOT_PARTS.values())
 OMNIGLOT_DRAWINGS = 20  # of every character
 DRAWING = re.compile(r"(?:.*/)?([^/]+/character\d+)/[^/]+\.png")
 
-# What Pillow warns of, a damaged or huge file, is either read or refused by name.
+# What Pillow warns of, a damaged or huge file, is either read or rejected by name.
 warnings.filterwarnings("ignore", module="PIL")
 
 
@@ -69,8 +69,8 @@ def _omniglot_source(paths: list[pathlib.Path], expected: list[int]) -> ImageSou
             found = _drawings(open_tree(path))
             if len(found) != needed:
                 raise UserError(
-                    f"{path}: found {len(found)} characters (<Alphabet>/<characterNN>/*.png), needed "
-                    f"{needed}. Fetch the official Omniglot archive again."
+                    f"{path}: expected {needed}, got {len(found)} characters "
+                    "(<Alphabet>/<characterNN>/*.png). Fetch the official Omniglot archive again."
                 )
             classes |= found
         return {"all": _whole_omniglot(classes, str(paths[0].parent))}
@@ -90,14 +90,14 @@ def _whole_omniglot(classes: dict[str, list[ImageFile]], where: str) -> dict[str
     """The classes, which must be all there are, each with all its drawings."""
     if len(classes) != OMNIGLOT_CHARACTERS:
         raise UserError(
-            f"{where}: found {len(classes)} Omniglot characters, needed {OMNIGLOT_CHARACTERS}. "
-            f"Fetch it again."
+            f"{where}: expected {OMNIGLOT_CHARACTERS}, got {len(classes)} Omniglot characters. Fetch it "
+            "again."
         )
     for name, files in classes.items():
         if len(files) != OMNIGLOT_DRAWINGS:
             raise UserError(
-                f"{where}: Omniglot character {name} has {len(files)} drawings, needed {OMNIGLOT_DRAWINGS}. "
-                f"Fetch it again."
+                f"{where}: Omniglot character {name} has {len(files)} drawings, expected "
+                f"{OMNIGLOT_DRAWINGS}. Fetch it again."
             )
     return classes
 

@@ -2,7 +2,7 @@
 
 Read from the folder that `tfds.load(NAME, data_dir=…)` prepares. All its examples are taken, whatever its
 splits, because few-shot learning splits classes, not examples: by the seed, or by lists. Nothing that the
-folder names is imported: see `refuse_code`.
+folder names is imported: see `check_no_code`.
 """
 
 import contextlib
@@ -122,15 +122,15 @@ def reading(folder: pathlib.Path) -> Iterator["tensorflow_datasets.core.DatasetB
     """Within it the builder of a prepared folder; whatever goes wrong with the folder is a UserError."""
     import tensorflow_datasets as tfds  # takes seconds
 
-    refuse_code(folder)
+    check_no_code(folder)
     try:
         yield tfds.builder_from_directory(folder)
     except UserError:
         raise
     except Exception as error:  # whatever a damaged folder makes of it
         raise UserError(
-            f"{folder}: not readable by TensorFlow Datasets ({brief(error)}), needed a prepared data set. "
-            f"Delete the folder and prepare it again."
+            f"{folder}: not readable by TensorFlow Datasets ({brief(error)}), expected a prepared data "
+            "set. Delete the folder and prepare it again."
         ) from error
 
 
@@ -173,7 +173,7 @@ def _encoded(path: pathlib.Path, offset: int, size: int, image: str) -> bytes:
     return features[image].bytes_list.value[0]
 
 
-def refuse_code(folder: pathlib.Path) -> None:
+def check_no_code(folder: pathlib.Path) -> None:
     """Raises UserError if features.json names a class that is not TensorFlow Datasets' own.
 
     It would import the module of any class that is named there, and so run whatever lies in the folder.
@@ -196,8 +196,8 @@ def refuse_code(folder: pathlib.Path) -> None:
         raise UserError(f"{path}: unreadable ({brief(error)}). Prepare the data set again.") from error
     if foreign := [name for name in named if not str(name).startswith("tensorflow_datasets.")]:
         raise UserError(
-            f"{path}: found the class {foreign[0]!r}, needed TensorFlow Datasets' own. It would be run, so "
-            f"it was not loaded. Get the folder from a source that you trust."
+            f"{path}: expected TensorFlow Datasets' own, got the class {foreign[0]!r}. It would be run, "
+            "so it was not loaded. Get the folder from a source that you trust."
         )
 
 

@@ -36,7 +36,7 @@ GET = "Get the files of github.com/renmengye/few-shot-ssl-public again."
 
 
 class Counts(NamedTuple):
-    """What a split holds."""
+    """The contents of a split."""
 
     classes: int
     images: int
@@ -149,7 +149,7 @@ def _read_images(path: pathlib.Path, needed: int) -> Sequence[np.ndarray]:
     """The array `images`, uint8 [n, 84, 84, 3], or the list of encoded images, each an array of bytes."""
     if path.suffix == ".npz":
         try:
-            with np.load(path) as archive:  # which refuses pickled objects
+            with np.load(path) as archive:  # which rejects pickled objects
                 images = archive["images"]
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
             raise UserError(f"{path}: expected an array `images`, got an error ({error}). {GET}") from error

@@ -1,4 +1,4 @@
-"""A person's own photographs: a few of each class to adapt to, and those to be told apart. No TensorFlow."""
+"""A person's own photographs: a few of each class to adapt to, and those to be classified. No TensorFlow."""
 
 import concurrent.futures
 import os
@@ -56,36 +56,36 @@ class Reader(NamedTuple):
         classes = tuple(sorted(files, key=natural))
         if len(classes) < 2:
             raise UserError(
-                f"--support={path}: found one class ({_listed(classes)}), needed at least 2, a folder of "
-                f"photographs for each. Add a folder."
+                f"--support={path}: expected at least 2, a folder of photographs for each, got one class "
+                f"({_listed(classes)}). Add a folder."
             )
         if most is not None and len(classes) > most:
             raise UserError(
-                f"--support={path}: found {len(classes)} classes ({_listed(classes)}), needed at most "
-                f"{most}, as many as the network has outputs. Add --prototypes, which takes any "
-                f"number, or use a --run of a metric learner or of --num_classes={len(classes)}."
+                f"--support={path}: expected at most {most}, as many as the network has outputs, got "
+                f"{len(classes)} classes ({_listed(classes)}). Add --prototypes, which takes any number, "
+                f"or use a --run of a metric learner or of --num_classes={len(classes)}."
             )
         if empty := [name for name in classes if not files[name]]:
             raise UserError(
-                f"--support={path}: found no images of {_listed(empty)}, needed a few of every class. Add "
-                f"some, or remove the folder."
+                f"--support={path}: expected a few of every class, got no images of {_listed(empty)}. Add "
+                "some, or remove the folder."
             )
         found = self._read(tree, {name: files[name] for name in classes})
         bare = [name for label, name in enumerate(classes) if label not in found.labels]
         if bare:
             raise UserError(
-                f"--support={path}: found no readable image of {_listed(bare)}, needed a few of every class. "
-                f"Replace them, or remove the folder."
+                f"--support={path}: expected a few of every class, got no readable image of "
+                f"{_listed(bare)}. Replace them, or remove the folder."
             )
         return tuple(map(shown, classes)), found
 
     def query(self, path: pathlib.Path, classes: Sequence[str]) -> Photographs:
-        """The photographs to be told apart: all in one folder, or in folders of the classes they are of.
+        """The photographs to be classified: all in one folder, or in folders of the classes they are of.
 
         Raises:
             UserError: if there are none, or folders of other names than the classes'.
         """
-        tree = _opened("query", path, "the photographs to be told apart")
+        tree = _opened("query", path, "the photographs to be classified")
         tops = tree.top_folders()
         if path.suffix.lower() in ARCHIVES and len(tops) == 1 and tops[0] not in classes:
             tree = tree.below(tops[0])  # that which was packed
@@ -101,14 +101,14 @@ class Reader(NamedTuple):
                 ]
             }
         if not any(files.values()):
-            raise UserError(f"--query={path}: found no photographs, needed one at least. Add some.")
+            raise UserError(f"--query={path}: found no photographs, expected one at least. Add some.")
         read = self._read(tree, files)
         if not read.names:
-            raise UserError(f"--query={path}: found no readable photograph, needed one. Replace them.")
+            raise UserError(f"--query={path}: found no readable photograph, expected one. Replace them.")
         return read if labelled else read._replace(labels=None)
 
     def _read(self, tree: FileTree, files: Mapping[str, Sequence[ImageFile]]) -> Photographs:
-        """The readable images of classes, which are labelled in the order given."""
+        """The readable images of classes, which are labeled in the order given."""
         listed = [
             (label, file)
             for label, of_class in enumerate(files.values())
@@ -153,9 +153,9 @@ def shown(name: str) -> str:
 
 def _opened(flag: str, path: pathlib.Path, needed: str) -> FileTree:
     if not os.path.exists(path):
-        raise UserError(f"--{flag}={path}: not found, needed {needed}. Check the path.")
+        raise UserError(f"--{flag}={path}: not found, expected {needed}. Check the path.")
     if not path.is_dir() and path.suffix.lower() not in ARCHIVES:
-        raise UserError(f"--{flag}={path}: found a file, needed a folder (.tar, .zip) of {needed}.")
+        raise UserError(f"--{flag}={path}: expected a folder (.tar, .zip) of {needed}, got a file.")
     return open_tree(path)
 
 
@@ -169,9 +169,9 @@ def _of_classes(
         if not unknown:
             return inner, {name: found.get(name, []) for name in classes}
     raise UserError(
-        f"--query={path}: found folders that are no classes of --support ({_listed(unknown)}), needed some "
-        f"of {_listed(classes)}. Name them so or, if the classes are not known, put the photographs into one "
-        f"folder."
+        f"--query={path}: expected some of {_listed(classes)}, got folders that are no classes of "
+        f"--support ({_listed(unknown)}). Name them so or, if the classes are not known, put the "
+        "photographs into one folder."
     )
 
 

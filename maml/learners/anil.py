@@ -100,7 +100,7 @@ class Anil(Maml):
         return super().outputs(state, x, support_x, noise)
 
     def task_loss(self, theta: Weights, episode: Episode) -> tuple[tf.Tensor, Measures]:
-        """As `Maml.task_loss`, with one pass through the body where the head alone is adapted."""
+        """The loss of `Maml.task_loss`, with one pass through the body where the head alone is adapted."""
         if self._parts is None:
             return super().task_loss(theta, episode)
         body, head = self._parts
@@ -124,7 +124,7 @@ class Anil(Maml):
         return found["loss"], joined(history, found)
 
     def _features(self, body: Stateless, weights: Weights, episode: Episode) -> tuple[tf.Tensor, tf.Tensor]:
-        """What the head sees of the support set and of the query set."""
+        """The features of the support set and of the query set, as the head sees them."""
         if self.joint_norm:
             both = body.outputs(weights, tf.concat([episode.support_x, episode.query_x], 0), noise=0)
             count = episode.support_x.shape[0]

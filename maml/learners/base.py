@@ -24,7 +24,7 @@ State = Any  # a nested structure of tensors: fast weights, prototypes, a latent
 
 
 class Adaptation(NamedTuple):
-    """What adaptation does to the loss (and accuracy) of each task; axis 1 counts inner steps.
+    """Effects of adaptation on the loss (and accuracy) of each task; axis 1 counts inner steps.
 
     Fields:
         support: {"loss": [tasks, steps + 1], "accuracy": …} on the support set after 0…steps steps.
@@ -206,7 +206,7 @@ class Algorithm:
 
     @property
     def dtype(self) -> tf.DType:
-        """Of θ, losses and gradients."""
+        """The type of θ, losses and gradients."""
         return tf.as_dtype(self.network.trainable_variables[0].dtype)
 
     def weights(self) -> Weights:

@@ -21,7 +21,7 @@ ROWS = 10  # examples of a support or query set that are looked at
 
 
 class GradientCheck(NamedTuple):
-    """What a check found.
+    """Result of a check.
 
     Fields:
         deviation: |finite difference − gradient · v| / |gradient| of the meta-gradient along a unit vector v.

@@ -1,21 +1,18 @@
 """The library: few-shot learning of any Keras model, by the inner and outer loop of the program."""
 
 import os
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 
 import keras
 import numpy as np
 import tensorflow as tf
-from tqdm import tqdm
 
-from maml.episodes import Episode, EpisodeSpec
-from maml.errors import Failure, UserError
+from maml.episodes import EpisodeSpec
+from maml.errors import Failure
 from maml.learners import saving
-from maml.learners.base import Algorithm, State
+from maml.learners.base import Algorithm
 from maml.learners.gradient_check import GradientCheck
 from maml.learners.losses import Loss, ScalarLoss, is_custom, takes_labels
-from maml.learners.maml import Maml
 from maml.learners.options import (
     Assembly,
     algorithm_class,
@@ -23,23 +20,19 @@ from maml.learners.options import (
     check_options,
     check_whole,
     chosen_optimizer,
-    grown,
 )
 from maml.learners.proof import Proof, check_surroundings
-from maml.learners.unequal import UnequalTasks
 from maml.learners.watching import Watch
+from maml.learners.workings import Workings
 from maml.networks import copies
-from maml.networks.checks import check_built, check_model
-from maml.networks.stateless import Weights, tensors_of
+from maml.networks.checks import check_built
+from maml.networks.stateless import tensors_of
 from maml.training import given
 from maml.training.evaluate import TestResult, joined, measure_tasks
 from maml.training.given import Arrays, Episodes, Needs
-from maml.training.loop import METATRAIN, Block, Phase, Update, updates
-from maml.training.outer_loop import OuterLoop
-from maml.training.progress import COMPILING, Smoothed
 
 
-class Learner:
+class Learner(Workings):
     """Learns initial weights for a Keras model from which a few gradient steps solve a new task.
 
         model = keras.Sequential([keras.Input((1,)), Dense(40, "relu"), Dense(1)])
@@ -144,37 +137,6 @@ class Learner:
         if inputs is not None:
             self._proof.head(inputs)
 
-    def _build(self, optimizer: keras.optimizers.Optimizer) -> None:
-        """Algorithm and outer loop of the model as it is, its frozen layers considered."""
-        constraints = issubclass(self._assembly.kind, Maml)
-        check_model(self.model, self._assembly.second_order, constraints)
-        self.algorithm = self._assembly.algorithm(self.model)
-        optimizer = grown(optimizer, self.algorithm.variables)
-        self.outer = OuterLoop(self.algorithm, optimizer, self._assembly.tasks(self.model))
-        self._adapt = tf.function(self._adapted, reduce_retracing=True, autograph=False)
-        self._predict = tf.function(self._predicted, reduce_retracing=True, autograph=False)
-        self._one_task = UnequalTasks(self.outer)
-        self._compiled = False
-        self._built_of = self._layers()
-
-    def _layers(self) -> list[tuple]:
-        """What an algorithm fixes of the model when it is made."""
-        return [
-            (id(layer), layer.trainable, getattr(layer, "adapted", True))
-            for layer in self.model._flatten_layers()
-        ]
-
-    def _refresh(self) -> None:
-        """Takes notice of layers that were frozen, unfrozen or kept from adaptation since the last call."""
-        check_surroundings()
-        if self._layers() == self._built_of:
-            return
-        before = {v.path: v for v in [*self.algorithm.extra_variables, *self.algorithm.state_variables]}
-        self._build(self.outer.optimizer)
-        for variable in [*self.algorithm.extra_variables, *self.algorithm.state_variables]:
-            if variable.path in before and before[variable.path].shape == variable.shape:
-                variable.assign(before[variable.path])
-
     # --- Training -----------------------------------------------------------------------------------
 
     def fit(
@@ -193,7 +155,7 @@ class Learner:
         callbacks: Sequence[keras.callbacks.Callback] = (),
         epoch: int = 100,
     ) -> dict[str, np.ndarray]:
-        """Meta-trains; a second call goes on from the first, optimizer and position included.
+        """Meta-trains; a second call resumes from the first, optimizer and position included.
 
         Ten calls of one iteration do what one call of ten does, to the bit.
 
@@ -247,114 +209,6 @@ class Learner:
         }
         return history | {name: np.array(rows) for name, rows in (watch.history if watch else {}).items()}
 
-    def _trained(
-        self,
-        blocks: Iterator[Block | list[Episode]],
-        iterations: int,
-        watch: Watch | None,
-        epoch: int,
-        hidden: bool | None,
-    ) -> list[dict[str, np.ndarray]]:
-        """The measures of all iterations, call by call."""
-        parts: list[dict[str, np.ndarray]] = []
-        shown = Smoothed()
-        with tqdm(total=iterations, desc="meta-training", unit="it", leave=False, disable=hidden) as bar:
-            if not self._compiled:
-                bar.set_postfix_str(COMPILING)
-            if watch:
-                watch.begin()
-            for update in self._updates(blocks, self.iteration + iterations, (epoch,) if watch else ()):
-                done, self.iteration = update.iteration - self.iteration, update.iteration
-                if update.failed is not None:
-                    raise Failure(
-                        f"iteration {self.iteration}: a loss or the meta-gradient is not finite, so that the "
-                        f"update was not made. If there is no NaN in the episode, a smaller inner_lr or "
-                        f"meta_lr, or clip=10, may help."
-                    )
-                shown.add(update.measures)
-                bar.set_postfix_str(shown.text(), refresh=False)
-                bar.update(done)
-                parts.append(update.measures)
-                if watch:
-                    watch.after(update)
-                    if watch.stopped:
-                        break
-            if watch:
-                watch.end()
-        return parts
-
-    def _validation(
-        self, episodes: Episodes | None, tasks: int, spec: EpisodeSpec | None
-    ) -> Callable[[], TestResult]:
-        if isinstance(episodes, Sequence):
-            tasks = min(tasks, len(episodes))
-        split = "val" if given.is_source(episodes) else "test"
-        return lambda: self.evaluate(episodes, tasks=tasks, spec=spec, split=split)
-
-    def _blocks(
-        self,
-        episodes: Episodes,
-        spec: EpisodeSpec | None,
-        split: str,
-        sizes: dict[str, int],
-        check: bool,
-        epoch: int | None,
-    ) -> Iterator[Block | list[Episode]]:
-        """What to train on; the first of it has proved the model."""
-        length = Phase(METATRAIN, self.outer, 0).block_length
-        sizes = sizes | dict(length=min(length, epoch or length))
-
-        def look(episode: Episode) -> Needs:
-            self._prove(episode)
-            if check:
-                self._proof.gradient(self._needs.fitting(episode))
-            return self._needs
-
-        if given.is_source(episodes):
-            blocks = given.source_blocks(
-                episodes, look, self._needs, spec, split, begin=self.iteration, **sizes
-            )
-        else:
-            stream = self._position.stream(episodes, self.iteration * sizes["meta_batch"])
-            blocks = given.given_blocks(stream, look, self._needs, **sizes)
-        for block in blocks:
-            if isinstance(block, Block) and not self._compiled:
-                self._compile(block)
-            yield block
-
-    def _compile(self, block: Block) -> None:
-        """Makes the block's program, without an update; task by task where a batched one cannot be made."""
-        self._compiled = True
-        if not self.outer.tasks.vectorize:
-            return
-        nothing = (block.episodes, tf.constant(0), tf.constant(0))
-        try:
-            self.outer.block(*nothing)
-        except UserError:
-            raise
-        except Exception as error:  # TensorFlow and XLA raise what they like
-            if self._assembly.mapping["vectorize"] is not None:
-                raise
-            self._assembly.mapping["vectorize"] = False
-            self._build(self.outer.optimizer)
-            self._compiled = True
-            self.outer.block(*nothing)
-            warnings.warn(
-                f"{self.model.name}: computes task by task, which is slower, since TensorFlow cannot batch "
-                f"it ({str(error).splitlines()[0][:200]}). Give vectorize=False to leave out the attempt.",
-                stacklevel=2,
-            )
-
-    def _updates(
-        self, blocks: Iterator[Block | list[Episode]], end: int, pauses: Sequence[int]
-    ) -> Iterator[Update]:
-        for block in blocks:
-            if isinstance(block, Block):
-                phase = Phase(METATRAIN, self.outer, end)
-                yield from updates([phase], [block], begin=self.iteration, pauses=pauses)
-            else:
-                yield self._one_task.update(block, Phase(METATRAIN, self.outer, end), self.iteration)
-
     def check_gradient(self, episode: Sequence) -> GradientCheck:
         """Compares the meta-gradient of one task with a finite difference along one direction, in float64.
 
@@ -367,15 +221,9 @@ class Learner:
             UserError: if they deviate, or an operation has no second derivative; names it and the remedy.
         """
         episode = self._needs.fitting(episode)
+        given.check_finite(episode)
         self._prove(episode)
         return self._proof.compared(episode)
-
-    def _prove(self, episode: Episode) -> None:
-        """What can be known of the model with an episode at hand, once."""
-        x = tf.nest.map_structure(tf.convert_to_tensor, self.algorithm.to_floating(episode).support_x)
-        self._proof.model_itself(x)
-        if self._needs.outputs is None:
-            self._needs = self._needs._replace(outputs=self._proof.output_shape(x))
 
     # --- Testing and adapting -------------------------------------------------------------------------
 
@@ -420,10 +268,6 @@ class Learner:
             ]
         )
 
-    def _looked(self, episode: Episode) -> Needs:
-        self._prove(episode)
-        return self._needs
-
     def adapt(self, support_x: Arrays, support_y: Arrays, steps: int | None = None) -> keras.Model:
         """A copy of the model, adapted to a support set; deterministic.
 
@@ -456,46 +300,6 @@ class Learner:
         for variable, own in zip(adapted.variables, self.model.variables, strict=True):
             variable.assign(values[id(own)])
         return adapted
-
-    def _support(
-        self, support_x: Arrays, support_y: Arrays, steps: int | None
-    ) -> tuple[Arrays, Arrays, tf.Tensor]:
-        steps = self.algorithm.inner_steps if steps is None else steps
-        check_whole(0, steps=steps)
-        self._refresh()
-        episode = self._needs.fitting((support_x, support_y, support_x, support_y))
-        self._prove(episode)
-        x, y, *_ = tf.nest.map_structure(tf.convert_to_tensor, self._needs.fitting(episode))
-        return x, y, tf.constant(steps)
-
-    def _adapted(self, x: tf.Tensor, y: tf.Tensor, steps: tf.Tensor) -> tuple[Weights, Weights]:
-        """The weights after some inner steps on a support set, and the non-trainable values with them."""
-        x, y, *_ = self.algorithm.to_floating(Episode(x, y, x, y))
-        state = self._state_after(x, y, steps)
-        weights = getattr(self.algorithm, "fast_weights", lambda state: state)(state)
-        variables = self.model.trainable_variables
-        if not isinstance(weights, list) or len(weights) < len(variables):
-            raise UserError(
-                f"adapt: {self._assembly.kind.__name__} adapts no weights, so that there is no adapted "
-                f"model. Use predict(support_x, support_y, query_x)."
-            )
-        weights = weights[: len(variables)]
-        return weights, self.algorithm.stateless.state_after(weights, x)
-
-    def _predicted(self, x: tf.Tensor, y: tf.Tensor, query_x: tf.Tensor, steps: tf.Tensor) -> tf.Tensor:
-        """Outputs of the query set, by the support set's statistics."""
-        x, y, query_x, _ = self.algorithm.to_floating(Episode(x, y, query_x, y))
-        return self.algorithm.outputs(self._state_after(x, y, steps), query_x, x)
-
-    def _state_after(self, x: tf.Tensor, y: tf.Tensor, steps: tf.Tensor) -> State:
-        """The task's state after some inner steps."""
-        algorithm = self.algorithm
-        _, state = tf.while_loop(
-            lambda step, _: step < steps,
-            lambda step, state: (step + 1, algorithm.step(state, x, y)[0]),
-            (0, algorithm.begin(algorithm.weights(), x, y)),
-        )
-        return state
 
     def predict(
         self, support_x: Arrays, support_y: Arrays, query_x: Arrays, steps: int | None = None

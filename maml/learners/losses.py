@@ -198,8 +198,8 @@ def check_outputs(loss: ScalarLoss, last: str | None, model: str) -> None:
     """
     if last == "linear" and loss.name in CROSS_ENTROPIES and not loss.from_logits:
         raise UserError(
-            f"loss: {loss.name} takes probabilities, but the last layer, {model!r}, is linear. "
-            f"Give keras.losses.SparseCategoricalCrossentropy(from_logits=True) or the like."
+            f"loss: {loss.name} takes probabilities, but the last layer, {model!r}, is linear. Use "
+            "keras.losses.SparseCategoricalCrossentropy(from_logits=True) or the like."
         )
     if last in ("softmax", "sigmoid") and loss.from_logits:
         raise UserError(

@@ -179,8 +179,9 @@ class MamlPlusPlus(Maml):
     def clipped(self, gradient: Weights) -> Weights:
         """See `Algorithm.clipped`; the step sizes' gradients are not clipped."""
         count = len(self.network.trainable_variables)
-        # The same in the graph at hand, as the optimizer needs all of them.
-        return [*super().clipped(gradient[:count]), *(tf.identity(g) for g in gradient[count:])]
+        # In the graph at hand, as the optimizer needs all or none of them.
+        gradient = [tf.identity(g) for g in gradient]
+        return [*super().clipped(gradient[:count]), *gradient[count:]]
 
     def begin(self, theta: Weights, x: tf.Tensor, y: tf.Tensor) -> _State:
         """See `Algorithm.begin`."""

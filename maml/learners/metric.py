@@ -1,4 +1,4 @@
-"""What the metric learners share: an embedding, compared; nothing is adapted at test."""
+"""The common part of the metric learners: an embedding, compared; nothing is adapted at test."""
 
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
@@ -133,7 +133,7 @@ class Metric(Algorithm):
     # --- What a metric learner is ---------------------------------------------------------------------
 
     def summarized(self, embedding: tf.Tensor, labels: tf.Tensor, classes: int | tf.Tensor) -> State:
-        """What is kept of the support set: embeddings [n, …] of `classes` classes, labels [n]."""
+        """A summary of the support set: embeddings [n, …] of `classes` classes, labels [n]."""
         return embedding
 
     def compared(self, state: Embedded, embedding: tf.Tensor) -> tf.Tensor:

@@ -1,4 +1,4 @@
-"""What is found out about a model before it is used: its copies, its head, its gradient."""
+"""Checks of a model before it is used: its copies, its head, its gradient."""
 
 import dataclasses
 
@@ -19,8 +19,8 @@ def check_surroundings() -> None:
     """Raises UserError where Keras or TensorFlow are set up so that nothing here would be right."""
     if keras.backend.backend() != "tensorflow":
         raise UserError(
-            f"Keras computes with {keras.backend.backend()}, needed tensorflow. Set the environment "
-            f"variable KERAS_BACKEND=tensorflow before the first import of Keras."
+            f"Keras computes with {keras.backend.backend()}, expected tensorflow. Set the environment "
+            "variable KERAS_BACKEND=tensorflow before the first import of Keras."
         )
     if tf.distribute.has_strategy():
         raise UserError(
@@ -35,7 +35,7 @@ def check_surroundings() -> None:
 
 
 class Proof:
-    """What is known of a model, each thing found out once.
+    """Knowledge of a model, each part found out once.
 
     Attributes:
         original: a model that the present one is an equal copy of; None: there is none.

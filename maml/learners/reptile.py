@@ -249,7 +249,7 @@ class Reptile(Algorithm):
         number = state.number + 1
         if self.sgd:
             weights = [weight - self.inner_lr * g for weight, g in zip(weights, gradient, strict=True)]
-            return state._replace(weights=weights, number=number), measures
+            return state._replace(weights=self._constrained(weights), number=number), measures
         moments = [
             BETA_2 * v + (1 - BETA_2) * tf.square(g) for v, g in zip(state.moments, gradient, strict=True)
         ]
@@ -258,7 +258,10 @@ class Reptile(Algorithm):
             weight - rate * g / (tf.sqrt(v) + EPSILON)
             for weight, g, v in zip(weights, gradient, moments, strict=True)
         ]
-        return _State(weights, moments, BETA_2 * state.power, number), measures
+        return _State(self._constrained(weights), moments, BETA_2 * state.power, number), measures
+
+    def _constrained(self, weights: Weights) -> Weights:
+        return self.stateless.constrained(weights, [True] * len(weights))
 
     def outputs(
         self, state: _State, x: tf.Tensor, support_x: tf.Tensor | None = None, noise: int | None = None

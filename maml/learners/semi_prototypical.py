@@ -38,7 +38,7 @@ HALVED_AT_ELSE = tuple(range(50_000, 200_000, 25_000))
 
 
 class Clusters(NamedTuple):
-    """What one step of refinement found.
+    """Results of one step of refinement.
 
     Fields:
         centers: [N, d] or, with a distractor cluster, [N + 1, d].

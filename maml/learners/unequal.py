@@ -40,5 +40,5 @@ class _Mean(OuterLoop):
         self.__dict__ = outer.__dict__  # the same attributes, whatever becomes of them
 
     def gradient(self, episodes):
-        """What was given."""
+        """The value as it is."""
         return episodes

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class Watch:
-    """What happens after every epoch: validation, then the callbacks.
+    """Work after every epoch: validation, then the callbacks.
 
     Attributes:
         stopped: whether a callback asked for the end of training.

@@ -1,4 +1,4 @@
-"""What MAML asks of a Keras model, and what of a model is known to be right."""
+"""Checks of a Keras model, and the layers that are known to be right."""
 
 from collections.abc import Callable
 
@@ -63,7 +63,7 @@ def check_built(model: keras.Model) -> None:
             f"Begin it with keras.Input(shape), or call it on an example once."
         )
     if not model.trainable_variables:
-        raise UserError(f"{model.name!r} has no trainable weights, needed some to adapt.")
+        raise UserError(f"{model.name!r} has no trainable weights, expected some to adapt.")
     _check_types(model)
 
 
@@ -77,15 +77,15 @@ def _check_types(model: keras.Model) -> None:
             )
     if len(types) > 1:
         raise UserError(
-            f"{model.name!r}: expected weights of one type, got {' and '.join(sorted(types))}. "
-            f"Give all layers the same dtype."
+            f"{model.name!r}: expected weights of one type, got {' and '.join(sorted(types))}. Use all "
+            "layers the same dtype."
         )
     outputs = getattr(model, "outputs", None) or ()
     narrow = [x.dtype for x in outputs if x.dtype in ("float16", "bfloat16")]
     if narrow:
         raise UserError(
-            f"{model.name!r}: expected outputs in float32, got {narrow[0]}, too coarse for a loss. Give the "
-            f"last layer dtype='float32'."
+            f"{model.name!r}: expected outputs in float32, got {narrow[0]}, too coarse for a loss. Use "
+            "the last layer dtype='float32'."
         )
 
 
@@ -119,7 +119,7 @@ def _objection(layer: keras.layers.Layer, second_order: bool) -> str | None:
 
 
 def is_batched(layer: keras.layers.Layer) -> bool:
-    """Whether a model is made of BATCHED alone: not of operations, nor of a class of one's own."""
+    """Whether a model is made of BATCHED alone: not of operations, nor of a custom class."""
     if is_graph(layer):
         return all(map(is_batched, getattr(layer, "operations", layer.layers)))
     return type(layer) in BATCHED

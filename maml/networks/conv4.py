@@ -34,7 +34,7 @@ def conv4(
         max_pool: stride 1 and 2×2 pooling after the ReLU, instead of stride 2.
         pool_padding: "valid", or "same" as in Reptile's mini-ImageNet network, whose head sees 6×6 pixels.
         negative_slope: of the ReLU; 0.01 is PyTorch's leaky ReLU, which MAML++ has.
-        flatten: the head sees the flattened map, with Glorot initialisation (mini-ImageNet), instead
+        flatten: the head sees the flattened map, with Glorot initialization (mini-ImageNet), instead
             of its spatial mean, with N(0, 1) (Omniglot).
         dtype: of weights and computation; "mixed_bfloat16": see `_exact`.
     """

@@ -23,9 +23,9 @@ def copy_of(model: keras.Model) -> keras.Model:
                 return _cloned(model)
     except (NotImplementedError, TypeError, ValueError) as error:
         raise UserError(
-            f"{model.name!r} cannot be copied, as `adapt` does. Give {type(model).__name__}, or the layers "
-            f"of your own in it, an __init__ that hands **kwargs on to super().__init__, and a get_config "
-            f"with its other arguments."
+            f"{model.name!r} cannot be copied, as `adapt` does. Use {type(model).__name__}, or the layers "
+            "of your own in it, an __init__ that hands **kwargs on to super().__init__, and a get_config "
+            "with its other arguments."
         ) from error
 
 
@@ -159,8 +159,8 @@ def with_exact_norms(model: keras.Model) -> keras.Model:
 
     if not is_graph(model):
         raise UserError(
-            f"swap_norms: {model.name!r} is a {type(model).__name__}, needed a Sequential or functional "
-            f"model. Use maml's norms in its class."
+            f"swap_norms: {model.name!r} is a {type(model).__name__}, expected a Sequential or functional "
+            "model. Use maml's norms in its class."
         )
     functional = type(model) is not keras.Sequential
     with not_compiled(model):
@@ -190,7 +190,9 @@ def _is_swapped(layer: Layer) -> bool:
 def _check_swappable(layer: keras.layers.BatchNormalization) -> None:
     """Raises UserError if maml's BatchNorm would forget what the layer has learned."""
     if layer.axis % layer.input_spec.ndim != layer.input_spec.ndim - 1:
-        raise UserError(f"swap_norms: {layer.name!r} is of axis {layer.axis}, needed the last, the channels.")
+        raise UserError(
+            f"swap_norms: {layer.name!r} is of axis {layer.axis}, expected the last, the channels."
+        )
     if layer.scale and not np.all(layer.gamma.numpy() == 1):
         raise UserError(
             f"swap_norms: {layer.name!r} has learned a scale (gamma), which maml.BatchNorm has not. Freeze "

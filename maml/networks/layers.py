@@ -19,7 +19,7 @@ _BY_BATCH = contextvars.ContextVar("batch_statistics", default=False)
 
 @contextlib.contextmanager
 def batch_statistics() -> Iterator[None]:
-    """Within it `BatchNorm` normalises by the batch at hand whatever `training` is.
+    """Within it `BatchNorm` normalizes by the batch at hand whatever `training` is.
 
     So that `training` can say of other layers alone, such as dropout, whether they are in training.
     """
@@ -37,11 +37,11 @@ def is_by_batch() -> bool:
 
 @keras.saving.register_keras_serializable("maml")
 class BatchNorm(keras.layers.Layer):
-    """Normalises each channel by the statistics of the batch at hand, then adds a learned β.
+    """Normalizes each channel by the statistics of the batch at hand, then adds a learned β.
 
     As in the original: biased variance, epsilon 1e-3, no scale, no moving statistics. β is
     meta-learned and not adapted in the inner loop. The statistics of the last batch are kept, and
-    without `training` it normalises by them, except within `batch_statistics`: a query by the support set's,
+    without `training` it normalizes by them, except within `batch_statistics`: a query by the support set's,
     where the original uses the query set's own (see `Maml.predict`).
     """
 
@@ -154,7 +154,7 @@ class MovingBatchNorm(keras.layers.Layer):
 
 @keras.saving.register_keras_serializable("maml")
 class LayerNorm(keras.layers.Layer):
-    """Normalises each example over all its axes, then applies a learned γ and β per channel.
+    """Normalizes each example over all its axes, then applies a learned γ and β per channel.
 
     Epsilon 1e-12, as in the original. γ and β are meta-learned and not adapted in the inner loop.
     """

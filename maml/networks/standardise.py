@@ -53,14 +53,14 @@ def _mean_in_blocks(x: tf.Tensor, axis: int) -> tf.Tensor:
 
 
 def _forward(x, axis, epsilon, mean=_mean):
-    """The standardised matrix y, and the scale 1/√(variance + epsilon)."""
+    """The standardized matrix y, and the scale 1/√(variance + epsilon)."""
     centred = x - mean(x, axis)
     scale = tf.math.rsqrt(mean(tf.square(centred), axis) + epsilon)
     return centred * scale, scale
 
 
 def _gradient(dy, dscale, y, scale, axis, mean=_mean):
-    """What dy and dscale, the gradients of a loss in `_forward`'s results, make the gradient in x.
+    """The gradient in x that dy and dscale make, the gradients of a loss in `_forward`'s results.
 
     Also returns their component along y, which the second derivative needs again.
     """

@@ -145,7 +145,7 @@ def added_losses(outputs: tf.Tensor) -> tf.Tensor | None:
 
 
 def _regularization(network: keras.Model, scope: keras.StatelessScope) -> list[tf.Tensor]:
-    """Of the trainable weights, as Keras takes them."""
+    """Losses of the trainable weights' regularizers, as Keras takes them."""
     return [
         variable.regularizer(scope.get_current_value(variable))
         for variable in network.trainable_variables

@@ -15,7 +15,7 @@ COLOURS = ("#4c72b0", "#c44e52", "#55a868", "#8172b3", "#ccb974", "#64b5cd", "#8
 class Line(NamedTuple):
     """One curve: y over x, with the half-width of its 95 % interval if there is one.
 
-    `colour` counts the palette, so that curves of one thing look alike across panels; None: the next.
+    `color` counts the palette, so that curves of one thing look alike across panels; None: the next.
     """
 
     label: str

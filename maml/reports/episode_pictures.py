@@ -288,12 +288,12 @@ def _predictions_panel(
 
 
 def _first_of_each(y: np.ndarray, way: int) -> np.ndarray:
-    """Where the first examples of each class are: of all classes one, then of all another, at most ROWS."""
+    """The places of the first examples: of all classes one, then of all another, at most ROWS."""
     return np.stack([np.flatnonzero(y == label)[:ROWS] for label in range(way)], axis=1).ravel()
 
 
 def _framed(images: np.ndarray, colours: np.ndarray, width: int) -> np.ndarray:
-    """Images [n, H, W, C] in 0…1 as RGB, each within a frame of its colour [n, 3]."""
+    """Images [n, H, W, C] in 0…1 as RGB, each within a frame of its color [n, 3]."""
     n, height, across, _ = images.shape
     framed = np.empty((n, height + 2 * width, across + 2 * width, 3), np.float32)
     framed[:] = colours[:, np.newaxis, np.newaxis]
@@ -302,7 +302,7 @@ def _framed(images: np.ndarray, colours: np.ndarray, width: int) -> np.ndarray:
 
 
 def _as_png(figure: Figure) -> bytes:
-    """The figure in 256 colours: a tenth of the bytes, and as good."""
+    """The figure in 256 colors: a tenth of the bytes, and as good."""
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     picture, png = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB"), io.BytesIO()

@@ -1,4 +1,4 @@
-"""What an adapted network makes of photographs: tables, a CSV file, and the curve over the steps."""
+"""Predictions of an adapted network on photographs: tables, a CSV file, and the curve over the steps."""
 
 import pathlib
 from typing import NamedTuple
@@ -17,7 +17,7 @@ LINES, LONGEST = 40, 44  # of the table on the terminal; characters of a name in
 
 
 class Predictions(NamedTuple):
-    """What adaptation does; the leading axis counts its steps from 0.
+    """Predictions after every step; the leading axis counts its steps from 0.
 
     Fields:
         support_loss: [steps + 1], cross entropy: the mean over the images of each class, summed over these.
@@ -33,7 +33,7 @@ class Predictions(NamedTuple):
         return self.probabilities.argmax(-1)
 
     def curves(self, labels: np.ndarray | None) -> dict[str, np.ndarray]:
-        """What became of the query set, in %, each [steps + 1]: the accuracy if labels [n] are known."""
+        """Curves of the query set, in %, each [steps + 1]: the accuracy if labels [n] are known."""
         if labels is not None:
             agreement = {"accuracy": (self.predictions == labels).mean(-1)}
         else:
@@ -105,26 +105,26 @@ def draw_steps(path: pathlib.Path, made: Predictions, labels: np.ndarray | None)
 
 
 def out_folder(out: str | None, support: pathlib.Path, query: pathlib.Path) -> pathlib.Path:
-    """Where the results go; raises UserError if that would overwrite, or be read as, something else."""
+    """The folder of the results; raises UserError if that would overwrite, or be read as, something else."""
     folder = pathlib.Path(out or f"adapted-{query.resolve().stem}")
     if not folder.resolve().parent.is_dir() or (folder.exists() and not folder.is_dir()):
         raise UserError(
-            f"--out={folder}: found {'a file' if folder.exists() else 'no folder above it'}, needed a folder "
-            f"or the name of a new one. Give another."
+            f"--out={folder}: expected a folder or the name of a new one, got "
+            f"{'a file' if folder.exists() else 'no folder above it'}. Use another."
         )
     for name, images in {"support": support, "query": query}.items():
         if folder.resolve().is_relative_to(images.resolve()):
             raise UserError(
-                f"--out={folder}: found a folder in that of --{name}, whose pictures would be read as "
-                f"photographs; needed another. Give one."
+                f"--out={folder}: expected another, got a folder in that of --{name}, whose pictures "
+                "would be read as photographs. Set one."
             )
     there = [name for name in (CSV, SHEET, STEPS) if (folder / name).exists()]
     table = folder / CSV
     ours = table.is_file() and table.read_bytes().startswith(FIRST_COLUMNS.encode())
     if there and not ours:
         raise UserError(
-            f"--out={folder}: found {', '.join(there)}, not of this command, which would be overwritten; "
-            f"needed a folder without. Give another."
+            f"--out={folder}: expected a folder without, got {', '.join(there)}, not of this command, "
+            "which would be overwritten. Use another."
         )
     return folder
 
@@ -147,7 +147,7 @@ def write(
             written.append(STEPS)
     except OSError as error:
         raise Failure(
-            f"{out}: cannot write the results ({error.strerror or error}). Give another --out."
+            f"{out}: cannot write the results ({error.strerror or error}). Use another --out."
         ) from error
     return written
 

@@ -30,7 +30,7 @@ COLUMNS = (
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """A cell, the jobs, one per seed, that give its results, and the iterations of the whole experiment."""
+    """A cell, the jobs that give its results, one per seed, and the iterations of the experiment."""
 
     name: str
     jobs: Sequence[Job]

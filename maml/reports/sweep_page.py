@@ -19,7 +19,7 @@ from maml.training.evaluate import SHOWN
 
 
 class Outcome(NamedTuple):
-    """What a test of a combination found: its entry in `results.json`."""
+    """The result of a combination's test: its entry in `results.json`."""
 
     combination: Combination
     entry: dict
@@ -160,7 +160,7 @@ def panels(sweep: Sweep, outcomes: Sequence[Outcome]) -> list[Panel]:
 
 
 def _axis(name: str, combinations: Sequence[Combination]) -> tuple[dict[str, float], str, bool]:
-    """Where each value of a flag stands, what to write there, and whether the axis is logarithmic."""
+    """The place of each value of a flag, its label, and whether the axis is logarithmic."""
     typed = {c.values[name]: c.typed[name] for c in combinations}
     if any(isinstance(value, bool | str) for value in typed.values()):
         named = ", ".join(f"{i}: {value}" for i, value in enumerate(typed))

@@ -1,4 +1,4 @@
-"""What TensorBoard is told of a run, and when: curves, pictures, a text card, the table of tests."""
+"""TensorBoard's view of a run: curves, pictures, a text card, the table of tests."""
 
 import pathlib
 import sys
@@ -211,7 +211,7 @@ def show_tests(run: Run) -> None:
 
 
 def test_tag(measure: str, step: int) -> str:
-    """Of what a test measures on the query sets after an inner step."""
+    """The tag of a test's measure on the query sets after an inner step."""
     return f"test/{measure}_after_{step}_steps"
 
 

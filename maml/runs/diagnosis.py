@@ -1,4 +1,4 @@
-"""What to say of a meta-batch whose loss or meta-gradient is not finite."""
+"""The diagnosis of a meta-batch whose loss or meta-gradient is not finite."""
 
 import functools
 
@@ -44,5 +44,5 @@ def not_finite(phase: Phase, episodes: Episode, run: Run) -> str:
         f"iteration {iteration}: a loss or the {kind} is not finite in {len(bad)} of {tasks} tasks "
         f"({blamed or 'each by itself is'}). Norms of the gradient, means over the tasks: {by_weight}. "
         f"The weights from before it are saved as checkpoint {iteration} in {run.dir}. "
-        f"Lower --update_lr or --meta_lr in a new run, or go on with --on_nan=skip."
+        f"Lower --update_lr or --meta_lr in a new run, or continue with --on_nan=skip."
     )

@@ -61,7 +61,7 @@ def test_settings(run: pathlib.Path, given: list[str]) -> Settings:
         given: arguments of `maml` that override the run's.
 
     Raises:
-        UserError: if it is no run folder, has another name than its flags make, or these are refused.
+        UserError: if it is no run folder, has another name than its flags make, or these are rejected.
     """
     run = run.resolve()
     if not (run / "flags").is_file():

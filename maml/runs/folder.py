@@ -85,8 +85,8 @@ class Run:
             there = saved_iterations(self.dir)
             raise UserError(
                 f"{self.dir} holds a run of {there[-1] if there else 0} iterations, which --resume=False "
-                f"would overwrite. Delete the folder, choose another --logdir or --seed, or drop "
-                f"--resume=False."
+                "would overwrite. Delete the folder, choose another --logdir or --seed, or remove "
+                "--resume=False."
             )
         if self.chief:
             self._claim()
@@ -102,7 +102,7 @@ class Run:
             raise
 
     def _go_on(self, there: list[int]) -> None:
-        self._refuse_other_settings()
+        self._check_settings()
         asked = self.settings.iterations
         if there[-1] > asked and asked not in there:
             raise UserError(
@@ -127,8 +127,8 @@ class Run:
             ) from error
         except OSError as error:
             raise UserError(
-                f"--logdir: cannot write to {self.dir} ({error.strerror}), needed a folder that can be "
-                f"written to. Give another."
+                f"--logdir: cannot write to {self.dir} ({error.strerror}), expected a folder that can be "
+                "written to. Use another."
             ) from error
 
     def _begin_files(self, first_episode: Episode, there: list[int]) -> None:
@@ -136,8 +136,8 @@ class Run:
         data = self.dir / "data"
         if there and data.is_file() and data.read_text(encoding="utf-8").strip() != digest:
             raise UserError(
-                f"{self.dir} was trained on other data than --data_dir={self.settings.data_dir} now holds: "
-                f"its first episode differs. Give the run's data, or another --logdir."
+                f"{self.dir} was trained on other data than --data_dir={self.settings.data_dir} now "
+                "holds: its first episode differs. Use the run's data, or another --logdir."
             )
         write_whole(data, digest + "\n")
         iteration = int(self.iteration)
@@ -159,7 +159,7 @@ class Run:
                 return
             except UserError as error:
                 damaged = error
-                print(f"warning: {error} Going on from the one before.", flush=True)
+                print(f"warning: {error} Resuming from the one before.", flush=True)
         raise UserError(f"{self.dir}: none of its checkpoints can be read; the oldest: {damaged}")
 
     def restore(self) -> None:
@@ -183,7 +183,7 @@ class Run:
                 f"--test_iter={asked}: no such checkpoint in {self.dir}; found "
                 f"{', '.join(map(str, there))}. Choose one of them."
             )
-        self._refuse_other_settings()
+        self._check_settings()
         if self.settings.train:
             there = [iteration for iteration in there if iteration <= self.settings.iterations]
         if asked == -1:
@@ -230,7 +230,7 @@ class Run:
             reason = str(getattr(error, "strerror", None) or error).splitlines()[0]
             raise Failure(
                 f"{self.dir}: cannot {what} ({reason}). {last}; once the folder can be written to, the same "
-                f"command goes on from there."
+                f"command resumes from there."
             ) from error
 
     def record_validation(self, found: dict[str, float]) -> None:
@@ -273,7 +273,7 @@ class Run:
         if not ranked:
             raise UserError(
                 f"--checkpoint=best: {self.dir / 'validation.csv'} has no validation of its checkpoints "
-                f"({self._judged_by()[0]}), needed one. Test the newest, or another with --test_iter."
+                f"({self._judged_by()[0]}), expected one. Test the newest, or another with --test_iter."
             )
         return ranked[0]
 
@@ -301,29 +301,29 @@ class Run:
             there = saved_iterations(path)
             if not there:
                 raise UserError(
-                    f"--init_from={path}: found no checkpoint in it, needed a run folder with "
-                    f"checkpoints/model-*.index. Give one, or the name of a checkpoint."
+                    f"--init_from={path}: expected a run folder with checkpoints/model-*.index, got no "
+                    "checkpoint in it. Set one, or the name of a checkpoint."
                 )
             path = path / "checkpoints" / f"model-{there[-1]}"
         if original.is_original(path):
             original.load(network, path)
             return
-        status = _restored(tf.train.Checkpoint(network=network), path, "Give another --init_from")
+        status = _restored(tf.train.Checkpoint(network=network), path, "Use another --init_from")
         status.expect_partial()
 
     def _restore(self, iteration: int) -> None:
         path = self.dir / "checkpoints" / f"model-{iteration}"
         _restored(self._checkpoint, path, "Test another one with --test_iter")
 
-    def _refuse_other_settings(self) -> None:
-        """A run folder may only be gone on with under the settings it was begun with."""
+    def _check_settings(self) -> None:
+        """A run folder may only be resumed under the settings it was begun with."""
         try:
             # By way of the settings, so that a flag newer than the run has its default.
             before = read_flagfile(as_flagfile(parse([f"--flagfile={self.dir / 'flags'}"])))
         except UserError as error:
             raise UserError(
-                f"{self.dir / 'flags'}: missing or damaged ({error}), needed to tell what the run is. Mend "
-                f"it, or choose another --logdir."
+                f"{self.dir / 'flags'}: missing or damaged ({error}), expected to tell what the run is. "
+                "Fix it, or choose another --logdir."
             ) from error
         now = read_flagfile(as_flagfile(self.settings))
         free = set(FREE_FLAGS)
@@ -340,8 +340,8 @@ class Run:
         ]
         if differing:
             raise UserError(
-                f"{self.dir} holds a run with other settings ({'; '.join(differing)}). "
-                f"Give its settings (--flagfile={self.dir / 'flags'}) or another --logdir."
+                f"{self.dir} holds a run with other settings ({'; '.join(differing)}). Use its settings "
+                f"(--flagfile={self.dir / 'flags'}) or another --logdir."
             )
 
     @contextlib.contextmanager
@@ -358,18 +358,18 @@ class Run:
 def _restored(checkpoint: tf.train.Checkpoint, path: pathlib.Path, advice: str):
     """Restores all that the checkpoint holds from a path; a UserError where it cannot."""
     if not path.with_name(f"{path.name}.index").is_file():
-        raise UserError(f"{path}: found no such checkpoint, needed its name as before .index. {advice}.")
+        raise UserError(f"{path}: expected its name as before .index, got no such checkpoint. {advice}.")
     try:
         status = checkpoint.restore(str(path))
         status.assert_existing_objects_matched()
     except (AssertionError, ValueError) as error:
         raise UserError(
-            f"{path}: found weights of another network than the flags describe, needed those of this one. "
+            f"{path}: expected those of this one, got weights of another network than the flags describe. "
             f"{advice}, or check the flags."
         ) from error
     except (LookupError, RuntimeError, tf.errors.OpError) as error:
         reason = getattr(error, "message", str(error)).replace(str(path), path.name).splitlines()[0]
         raise UserError(
-            f"{path}: unreadable ({reason[:200]}), needed a whole checkpoint. {advice}."
+            f"{path}: unreadable ({reason[:200]}), expected a complete checkpoint. {advice}."
         ) from error
     return status

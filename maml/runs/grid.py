@@ -96,7 +96,7 @@ def plan(grid: dict[str, list[str]], base: Sequence[str]) -> list[Combination]:
     """All combinations of a grid, the last flag changing first; `base`: the other arguments of a run.
 
     Raises:
-        UserError: if `maml` would refuse one, or if two come to the same run and the same test.
+        UserError: if `maml` would reject one, or if two come to the same run and the same test.
     """
     combinations: list[Combination] = []
     seen: dict[tuple, Combination] = {}

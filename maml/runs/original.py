@@ -60,8 +60,8 @@ def load(network: keras.Model, path: pathlib.Path) -> None:
     if differing:
         raise UserError(
             f"--init_from={path}: the original's checkpoint of another network ({'; '.join(differing)}), "
-            f"needed the one that the flags describe. Give its flags (--datasource, --num_classes, "
-            f"--num_filters, --norm, …), or another checkpoint."
+            "expected the one that the flags describe. Use its flags (--datasource, --num_classes, "
+            "--num_filters, --norm, …), or another checkpoint."
         )
     for name, variable in zip(names, network.trainable_variables, strict=True):
         variable.assign(found[name])

@@ -1,4 +1,4 @@
-"""What a run folder holds besides its weights: results, validations, which checkpoints. No TensorFlow.
+"""Contents of a run folder besides its weights: results, validations, which checkpoints. No TensorFlow.
 
 Every result carries its protocol, since the spread between published figures of MAML is protocol.
 """
@@ -107,7 +107,7 @@ def _original_csv(result: "TestResult") -> str:
 
 
 def versions() -> dict[str, str]:
-    """Of this program and of what it stands on."""
+    """Versions of this program and of the libraries it stands on."""
     libraries = {name: importlib.metadata.version(name) for name in LIBRARIES}
     return {"maml": maml.__version__, **libraries, "python": platform.python_version()}
 
@@ -124,7 +124,7 @@ def write_cost(run_dir: pathlib.Path, seconds_per_iteration: float) -> None:
 
 
 def read_cost(run_dir: pathlib.Path) -> dict[str, float]:
-    """What `write_cost` kept; empty for a run from before it was kept."""
+    """The record of `write_cost`; empty for a run from before it was kept."""
     path = run_dir / "cost.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 

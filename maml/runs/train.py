@@ -25,7 +25,7 @@ DIVERGED = "optimisation/diverged_tasks"  # a column of validation.csv, and its 
 
 
 class Watcher(Protocol):
-    """What is told of a training while it goes on, as TensorBoard is."""
+    """An observer of a training, as TensorBoard is."""
 
     def trained(self, phase: Phase, means: dict[str, np.ndarray], skipped: int, rate: float) -> None:
         """Means of the measures over the last iterations (empty if no update was made), and their rate."""
@@ -118,7 +118,7 @@ def train(
     progress.close()
     interruption.answer(
         f"stopped at iteration {iteration} of {settings.iterations}, which is saved in {run.dir}; the same "
-        f"command goes on from there"
+        f"command resumes from there"
     )
     if not settings.iterations:
         run.save()  # weights of another run, to be tested as they are

@@ -17,19 +17,19 @@ class Job(NamedTuple):
 
     @property
     def command(self) -> str:
-        """What to type; see `shown`."""
+        """The command to type; see `shown`."""
         return command_line(self.arguments, self.settings)
 
 
 def command_line(arguments: Sequence[str], settings: Settings) -> str:
-    """What to type for a run of these arguments and settings; see `shown`."""
+    """The command to type for a run of these arguments and settings; see `shown`."""
     return shlex.join(["maml", *shown(arguments, settings)])
 
 
 def shown(arguments: Sequence[str], settings: Settings) -> list[str]:
     """The arguments as they can be typed on any machine.
 
-    That is without the folders, but one's own images stay, and with our flagfiles by their short names.
+    That is without the folders, but your own images stay, and with our flagfiles by their short names.
     """
     hidden = ("--logdir=",) if settings.dataset.is_data_dir else ("--logdir=", "--data_dir=")
     ours = f"--flagfile={flagfiles()}/"
@@ -38,7 +38,7 @@ def shown(arguments: Sequence[str], settings: Settings) -> list[str]:
 
 
 def job(arguments: Sequence[str]) -> Job:
-    """The job of the given arguments; raises UserError if `maml` would refuse them."""
+    """The job of the given arguments; raises UserError if `maml` would reject them."""
     return Job(tuple(arguments), parse(arguments))
 
 

@@ -27,7 +27,7 @@ SHOWN = 400  # characters of a value in a message
 class ExplainingParser(flags.ArgumentParser):
     """Another parser, whose errors say what is expected and what to do.
 
-    Beyond what that one refuses: numbers that are not finite or too large for TensorFlow, and paths that
+    Beyond what that one rejects: numbers that are not finite or too large for TensorFlow, and paths that
     cannot be meant or would not come back unchanged from the flagfile of a run. With a table, it takes
     module:attribute too.
     """
@@ -60,7 +60,7 @@ class ExplainingParser(flags.ArgumentParser):
         return value
 
     def flag_type(self) -> str:
-        """As the other's."""
+        """The type of the other."""
         return self._parser.flag_type()
 
     def _expected(self) -> str:
@@ -233,7 +233,7 @@ def _lines(name: str) -> list[str]:
 
 
 def _expected_path(value: str) -> str | None:
-    """What is expected instead of the value, if it cannot be a path that is meant."""
+    """The path that is expected instead of the value, if it cannot be a path that is meant."""
     if not value.strip():
         return "a path"
     if value.startswith("-"):

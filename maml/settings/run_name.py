@@ -28,7 +28,7 @@ def run_name(settings: "Settings") -> str:
 
 
 def _parts(settings: "Settings") -> list[str | None]:
-    """What the original's name leaves out; None where it is as there."""
+    """Parts that the original's name leaves out; None where it is as there."""
     data, start = settings.dataset, None
     if settings.init_from == RANDOM:
         start = "from-random"
@@ -60,5 +60,5 @@ def _parts(settings: "Settings") -> list[str | None]:
 
 
 def _part(text: str) -> str:
-    """As a part of a file name; the names of classes and paths have other characters."""
+    """A text as a part of a file name; the names of classes and paths have other characters."""
     return re.sub(r"[^a-zA-Z0-9_-]+", "-", text)

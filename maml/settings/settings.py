@@ -210,7 +210,7 @@ class Settings:
 
     @property
     def dataset(self) -> tables.Dataset:
-        """What is known of the data set; imports it if it is custom."""
+        """The row of the data set; imports it if it is custom."""
         return tables.dataset(self.datasource)
 
     @property
@@ -249,7 +249,7 @@ class Settings:
 
     @property
     def input_shape(self) -> tuple[int, ...] | None:
-        """Of one example: (1,), of the oracle (3,), of an image (H, W, C); None: only its episodes say."""
+        """The shape of one example: (1,), of the oracle (3,), of an image (H, W, C); None: not known yet."""
         if self.baseline == "oracle":
             return self.dataset.oracle_inputs
         if self.dataset.channels is None:

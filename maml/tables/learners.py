@@ -24,13 +24,13 @@ class Learner(NamedTuple):
 
 
 def _metric(datasource: str, way: int, shot: int) -> dict[str, object]:
-    """Of the metric learners' papers: one episode an update, 64 filters, 2×2 pooling, 5 or 15 queries."""
+    """Values of the metric learners' papers: one episode an update, 64 filters, 5 or 15 queries."""
     queries = {"num_query": 5} if datasource == "omniglot" else {"num_query": 15}
     return dict(meta_batch_size=1, max_pool=True, num_filters=64, **queries)
 
 
 def _relation(datasource: str, way: int, shot: int) -> dict[str, object]:
-    """Of the authors' scripts: the queries per class go with ways and shots."""
+    """Values of the authors' scripts: the queries per class go with ways and shots."""
     queries = {(5, 1): 19, (5, 5): 15, (20, 1): 10, (20, 5): 5}.get((way, shot), 10)
     if datasource != "omniglot":
         queries = 15 if shot == 1 else 10
@@ -46,7 +46,7 @@ METRIC_FLAGS = ("train_num_classes", "train_shots", "test_statistics")
 
 
 def _maml_plus_plus(datasource: str, way: int, shot: int) -> dict[str, object]:
-    """Of the authors' configurations, which have 1 query per class on Omniglot."""
+    """Values of the authors' configurations, which have 1 query per class on Omniglot."""
     inner = dict(num_updates=5, test_num_updates=5, max_pool=True)
     if datasource == "omniglot":
         return inner | dict(meta_batch_size=8, num_filters=64, num_query=1)
@@ -54,13 +54,13 @@ def _maml_plus_plus(datasource: str, way: int, shot: int) -> dict[str, object]:
 
 
 def _reptile(datasource: str, way: int, shot: int) -> dict[str, object]:
-    """Of the authors' scripts: 50 steps at test, on the query sets of one example per class."""
+    """Values of the authors' scripts: 50 steps at test, on the query sets of one example per class."""
     steps = 8 if datasource == "miniimagenet" else 5
     return dict(num_updates=steps, test_num_updates=50, meta_batch_size=5, test_num_query=1)
 
 
 def _leo(datasource: str, way: int, shot: int) -> dict[str, object]:
-    """Of the authors' README, for mini-ImageNet."""
+    """Values of the authors' README, for mini-ImageNet."""
     rate = 2.739071e-4 if shot == 1 else 4.102361e-4
     steps = dict(num_updates=10, test_num_updates=10)
     return steps | dict(network="leo", meta_batch_size=12, meta_lr=rate, num_query=15, test_num_query=15)

@@ -70,7 +70,7 @@ def is_name(table: Mapping[str, object], name: str) -> bool:
 
 
 def load(home: str) -> Any:
-    """What `module:attribute` names.
+    """The object that `module:attribute` names.
 
     Raises:
         UserError: if there is no such module or attribute.

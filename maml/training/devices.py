@@ -1,4 +1,4 @@
-"""What the program runs on: the processor's cores, one GPU or several, one process or several.
+"""The machine that the program runs on: the processor's cores, one GPU or several, one process or several.
 
 Everything that depends on the machine is decided here, before TensorFlow starts its devices.
 """
@@ -16,7 +16,7 @@ from maml.settings.settings import Settings
 
 
 class Machine(NamedTuple):
-    """What was found, and set up.
+    """The machine as found and set up.
 
     Fields:
         description: in words, for the header and the results.
@@ -45,7 +45,7 @@ class Machine(NamedTuple):
             yield
 
     def check_together(self, iteration: tf.Variable) -> None:
-        """Raises UserError if the processes are about to go on from different iterations."""
+        """Raises UserError if the processes are about to resume from different iterations."""
         if self.processes == 1:
             return
 
@@ -78,9 +78,9 @@ def use(settings: Settings) -> Machine:
         below = settings.meta_batch_size // replicas * replicas
         raise UserError(
             f"--meta_batch_size={settings.meta_batch_size}: found {replicas} devices in {workers} "
-            f"process{'es' * (workers > 1)}, which need equal parts of the meta-batch. Give a multiple of "
+            f"process{'es' * (workers > 1)}, which need equal parts of the meta-batch. Use a multiple of "
             f"{replicas}, as {below or replicas} or {below + replicas}, or use fewer devices "
-            f"(CUDA_VISIBLE_DEVICES, TF_CONFIG)."
+            "(CUDA_VISIBLE_DEVICES, TF_CONFIG)."
         )
     for gpu in gpus:
         tf.config.experimental.set_memory_growth(gpu, True)
@@ -119,7 +119,7 @@ def _workers(text: str) -> tuple[int, int]:
         return len(members), members.index((task["type"], int(task["index"])))
     except (ValueError, TypeError, AttributeError, KeyError) as error:
         raise UserError(
-            f"TF_CONFIG: found {text!r}, needed "
+            f"TF_CONFIG: found {text!r}, expected "
             '{"cluster": {"worker": ["host:port", …]}, "task": {"type": "worker", "index": 0}} with '
-            "another index in each process. Mend it, or unset it to run on this machine alone."
+            "another index in each process. Fix it, or unset it to run on this machine alone."
         ) from error

@@ -1,4 +1,4 @@
-"""Testing a meta-learned initialisation: the paper's protocol, tables and statistics."""
+"""Testing a meta-learned initialization: the paper's protocol, tables and statistics."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
@@ -30,7 +30,7 @@ def series(values: np.ndarray) -> Series:
 
 
 class TestResult(NamedTuple):
-    """What a test found: {"loss" | "accuracy": [tasks, steps + 1]} on the support and on the query sets.
+    """Results of a test: {"loss" | "accuracy": [tasks, steps + 1]} on the support and on the query sets.
 
     `predictions` are the network's outputs on the first tasks' query sets, [tasks, steps + 1, n, outputs].
     """
@@ -41,7 +41,7 @@ class TestResult(NamedTuple):
 
     @property
     def measure(self) -> str:
-        """What tasks are judged by: "accuracy", or "loss" for regression."""
+        """The measure that tasks are judged by: "accuracy", or "loss" for regression."""
         return "accuracy" if "accuracy" in self.query else "loss"
 
     @property

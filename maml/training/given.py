@@ -20,7 +20,7 @@ Arrays = Any  # an array, or a dict, tuple or list of arrays
 
 
 class Needs(NamedTuple):
-    """What a model and its loss need of the arrays of an episode.
+    """Needs of a model and its loss, as to the arrays of an episode.
 
     Fields:
         model: its name, for messages.
@@ -54,8 +54,8 @@ class Needs(NamedTuple):
         parts = list(item) if isinstance(item, list | tuple) or not isinstance(item, dict) else [*item]
         if len(parts) != 4:
             raise UserError(
-                f"found an episode of {len(parts)} parts, needed (support_x, support_y, query_x, query_y). "
-                f"Several episodes are given as a list."
+                f"expected (support_x, support_y, query_x, query_y), got an episode of {len(parts)} "
+                "parts. Several episodes are given as a list."
             )
         arrays = [
             _as_arrays(part, shape)
@@ -63,17 +63,21 @@ class Needs(NamedTuple):
         ]
         return Episode(*self._fitting("support", *arrays[:2]), *self._fitting("query", *arrays[2:]))
 
+    def _fitting_arrays(self, part: str, x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        if not (x.ndim and y.ndim and len(x) == len(y) and len(x) and _fits(x.shape, self.inputs)):
+            return self._fitting(part, x, y)  # which says what is wrong
+        return x, self._target(part, y, self.outputs, several=False)
+
     def _fitting(self, part: str, x: Arrays, y: Arrays) -> tuple[Arrays, Arrays]:
         for one, shape in _pairs(x, self.inputs, f"{part} inputs", self.model):
             if not _fits(one.shape, shape):
-                raise UserError(f"found {part} inputs {one.shape}, needed {shape} for {self.model!r}.")
-            _check_finite(f"{part} inputs", one)
+                raise UserError(f"expected {shape} for {self.model!r}, got {part} inputs {one.shape}.")
         shapes = [array.shape for array in tf.nest.flatten((x, y))]
         if not all(shapes) or len({shape[0] for shape in shapes}) > 1 or not shapes[0][0]:
             ends = (tf.nest.map_structure(lambda array: array.shape, side) for side in (x, y))
             raise UserError(
-                f"found {part} inputs {next(ends)} with targets {next(ends)}, needed as many of both, at "
-                f"least one."
+                f"expected as many of both, at least one, got {part} inputs {next(ends)} with targets "
+                f"{next(ends)}."
             )
         several = _is_structure(y)
         found = [
@@ -85,13 +89,12 @@ class Needs(NamedTuple):
     def _target(self, part: str, y: np.ndarray, outputs: Shape, several: bool) -> np.ndarray:
         if self.labels and not several:
             return self._labels(part, y)
-        _check_finite(f"{part} targets", y)
         if self.alike and outputs and y.ndim == len(outputs) - 1 and outputs[-1] == 1:
             y = y[..., np.newaxis]  # [n] against outputs [n, 1] would be taken for a table of all pairs
         if self.alike and not several and not _fits(y.shape, outputs):
             raise UserError(
-                f"found {part} targets {y.shape}, needed {outputs}, as {self.model!r} gives out. "
-                f"Integer labels go with a sparse cross entropy."
+                f"expected {outputs}, as {self.model!r} gives out, got {part} targets {y.shape}. Integer "
+                "labels go with a sparse cross entropy."
             )
         return y
 
@@ -101,37 +104,73 @@ class Needs(NamedTuple):
             y = y[..., 0]
         if y.dtype.kind not in "iu" or (self.outputs and y.ndim != len(self.outputs) - 1):
             raise UserError(
-                f"found {part} labels {y.dtype} {y.shape}, needed one integer per example, as y.astype(int) "
-                f"has them, or y.argmax(-1) of one-hot labels."
+                f"found {part} labels {y.dtype} {y.shape}, expected one integer per example, as "
+                "y.astype(int) has them, or y.argmax(-1) of one-hot labels."
             )
         classes = 2 if binary else (self.outputs or (None,))[-1] or np.inf
         counted = y if self.ignored is None else y[y != self.ignored]
         if counted.size and (counted.min() < 0 or counted.max() >= classes):
             raise UserError(
-                f"found {part} labels {counted.min()} to {counted.max()}, needed 0 to {classes - 1}: in each "
-                f"task the classes are counted from 0."
+                f"expected 0 to {classes - 1}, got {part} labels {counted.min()} to {counted.max()}: in "
+                "each task the classes are counted from 0."
             )
         return y.astype(np.int32)
 
     def drawn(self, stream: Iterator[Sequence], count: int) -> list[Episode]:
         """Up to `count` episodes of a stream, fewer where it ends."""
-        return [self.fitting(item) for item in itertools.islice(stream, count)]
+        single = not (_is_structure(self.inputs) or _is_structure(self.outputs))
+        fitting = self._quickly if single else self.fitting
+        return [fitting(item) for item in itertools.islice(stream, count)]
+
+    def _quickly(self, item: Sequence) -> Episode:
+        """`fitting` of a model with one input and one output."""
+        if isinstance(item, tuple | list) and len(item) == 4:
+            x, y, query_x, query_y = item
+            if all(type(part) is np.ndarray and part.dtype.kind in "fiub" for part in item):
+                return Episode(
+                    *self._fitting_arrays("support", x, y), *self._fitting_arrays("query", query_x, query_y)
+                )
+        return self.fitting(item)
 
 
 def stack(episodes: Sequence[Episode]) -> Episode:
-    """Episodes of the same shapes, along a new leading axis."""
-    return tf.nest.map_structure(lambda *rows: np.stack(rows), *episodes)
+    """Episodes of the same shapes, along a new leading axis; raises UserError for NaN."""
+    stacked = Episode(*map(_stacked, zip(*episodes, strict=True)))
+    check_finite(stacked)
+    return stacked
+
+
+def _stacked(rows: Sequence[Arrays]) -> Arrays:
+    if isinstance(rows[0], np.ndarray):
+        return np.stack(rows)
+    return tf.nest.map_structure(lambda *arrays: np.stack(arrays), *rows)
 
 
 def shapes_of(episode: Episode) -> tuple[tuple[int, ...], ...]:
     """The shapes of all arrays of an episode."""
-    return tuple(array.shape for array in tf.nest.flatten(episode))
+    return tuple(
+        array.shape
+        for field in episode
+        for array in ((field,) if isinstance(field, np.ndarray) else tf.nest.flatten(field))
+    )
+
+
+def check_finite(episode: Episode) -> None:
+    """Raises UserError for NaN and infinite values, which no loss survives."""
+    parts = ("support inputs", "support targets", "query inputs", "query targets")
+    for part, arrays in zip(parts, episode, strict=True):
+        for array in tf.nest.flatten(arrays):
+            if array.dtype.kind == "f" and not np.isfinite(array).all():
+                raise UserError(
+                    f"expected finite numbers, got NaN or infinite values in {part}. Leave these examples "
+                    "out, or fill the values in."
+                )
 
 
 def _ended(found: int, needed: int) -> UserError:
     return UserError(
-        f"the episodes end: found {found} more, needed {needed}. Give a list, which is gone "
-        f"through again and again in training, or ask for fewer iterations or tasks."
+        f"the episodes end: expected {needed}, got {found} more. Use a list, which is gone through again "
+        "and again in training, or ask for fewer iterations or tasks."
     )
 
 
@@ -144,14 +183,14 @@ def _as_arrays(part: object, shape: object) -> Arrays:
             arrays = np.asarray(part)
     except (TypeError, ValueError) as error:
         raise UserError(
-            f"found an episode that cannot be made arrays ({error}), needed (support_x, support_y, "
-            f"query_x, query_y), each of one shape."
+            "expected (support_x, support_y, query_x, query_y), each of one shape, got an episode that "
+            f"cannot be made arrays ({error})."
         ) from error
     types = [array.dtype for array in tf.nest.flatten(arrays)]
     if any(kind.kind in "OSUMm" for kind in types):
         raise UserError(
-            f"found an episode with {', '.join(map(str, types))}, needed arrays of numbers. Several "
-            f"episodes are given as a list."
+            f"expected arrays of numbers, got an episode with {', '.join(map(str, types))}. Several "
+            "episodes are given as a list."
         )
     return arrays
 
@@ -172,24 +211,16 @@ def _pairs(arrays: Arrays, shapes: object, what: str, model: str) -> list[tuple[
     """Every array with the shape that the model has for it."""
     if not _is_structure(shapes):
         if _is_structure(arrays) and shapes is not None:
-            raise UserError(f"found several {what}, needed one array {shapes} for {model!r}.")
+            raise UserError(f"found several {what}, expected one array {shapes} for {model!r}.")
         return [(array, shapes) for array in tf.nest.flatten(arrays)]
     if isinstance(shapes, dict):
         if not isinstance(arrays, dict) or set(arrays) != set(shapes):
             found = sorted(arrays) if isinstance(arrays, dict) else type(arrays).__name__
-            raise UserError(f"found {what} {found}, needed a dict of {', '.join(sorted(shapes))}.")
+            raise UserError(f"expected a dict of {', '.join(sorted(shapes))}, got {what} {found}.")
         return [(arrays[name], shapes[name]) for name in sorted(arrays)]
     if not isinstance(arrays, list | tuple | dict) or len(arrays) != len(shapes):
-        raise UserError(f"found {what} that are no {len(shapes)} arrays, needed as many for {model!r}.")
+        raise UserError(f"expected as many for {model!r}, got {what} that are no {len(shapes)} arrays.")
     return list(zip(tf.nest.flatten(arrays), shapes, strict=True))
-
-
-def _check_finite(what: str, array: np.ndarray) -> None:
-    if array.dtype.kind == "f" and not np.isfinite(array).all():
-        raise UserError(
-            f"found NaN or infinite values in {what}, needed finite numbers. Leave these examples out, or "
-            f"fill the values in."
-        )
 
 
 class InOrder:
@@ -224,11 +255,11 @@ def chunks(
 
 
 def as_source(episodes: Episodes, needs: Needs, spec: EpisodeSpec | None, split: str) -> EpisodeSource:
-    """What `measure_tasks` draws from; raises UserError if it does not fit the model."""
+    """The data source of `measure_tasks`; raises UserError if it does not fit the model."""
     if not isinstance(spec, EpisodeSpec) or split not in SPLITS:
         raise UserError(
-            f"{type(episodes).__name__} draws episodes of any size: found spec={spec!r} and split={split!r}, "
-            f"needed spec=EpisodeSpec(way, shot, query, seed) and one of {', '.join(SPLITS)}."
+            f"{type(episodes).__name__} draws episodes of any size: expected spec=EpisodeSpec(way, shot, "
+            f"query, seed) and one of {', '.join(SPLITS)}, got spec={spec!r} and split={split!r}."
         )
     episodes.check(spec, split)
     needs.fitting([field[0] for field in episodes.sample(spec, split, tf.zeros(1, tf.int64))])
@@ -290,6 +321,7 @@ def given_blocks(
     """
     made, kept = 0, needs.drawn(episodes, 1)
     if kept:
+        check_finite(kept[0])
         needs = look(kept[0])
         kept = [needs.fitting(kept[0])]
         length = block_length(meta_batch, kept[0], length)
@@ -304,6 +336,8 @@ def given_blocks(
         made += count
         rows, left = rows[: count * meta_batch], len(rows) % meta_batch
         if len(set(map(shapes_of, rows))) > 1:
+            for row in rows:
+                check_finite(row)
             yield from (rows[i : i + meta_batch] for i in range(0, len(rows), meta_batch))
         else:
             yield Block(_laid_out(rows, meta_batch, length), 0, count)
@@ -314,16 +348,16 @@ def given_blocks(
 def _laid_out(episodes: list[Episode], meta_batch: int, length: int) -> Episode:
     """[length, meta-batch, …], filled up with zeros: one shape, so that no block is traced anew."""
 
-    def lay(*rows: np.ndarray) -> tf.Tensor:
-        filled = np.zeros((length * meta_batch, *rows[0].shape), rows[0].dtype)
-        np.stack(rows, out=filled[: len(rows)])
-        return tf.constant(filled.reshape(length, meta_batch, *rows[0].shape))
+    def lay(rows: np.ndarray) -> tf.Tensor:
+        filled = np.zeros((length * meta_batch, *rows.shape[1:]), rows.dtype)
+        filled[: len(rows)] = rows
+        return tf.constant(filled.reshape(length, meta_batch, *rows.shape[1:]))
 
-    return tf.nest.map_structure(lay, *episodes)
+    return tf.nest.map_structure(lay, stack(episodes))
 
 
 class Position:
-    """Where training is in what it was given, so that another call goes on from there.
+    """The place of training in the episodes given, so that another call resumes from there.
 
     A collection is gone through again and again: iteration i takes the episodes from i × meta-batch on. A
     generator and a `tf.data.Dataset`, whose order may be another in every pass, go on where they stopped.
@@ -359,8 +393,8 @@ def _again_and_again(episodes: Iterable[Sequence]) -> Iterator[Sequence]:
 def _iterable(episodes: Episodes) -> Iterable[Sequence]:
     if not isinstance(episodes, Iterable):
         raise UserError(
-            f"episodes: found {type(episodes).__name__}, needed a list or generator of (support_x, "
-            f"support_y, query_x, query_y), a tf.data.Dataset of them, or a data source."
+            "episodes: expected a list or generator of (support_x, support_y, query_x, query_y), a "
+            f"tf.data.Dataset of them, or a data source, got {type(episodes).__name__}."
         )
     return episodes
 

@@ -164,6 +164,6 @@ def stream_blocks(
     blocks = tf.data.Dataset.range(start, tf.int64.max)
     blocks = blocks.map(draw, num_parallel_calls=2, deterministic=True).prefetch(2)
     options = tf.data.Options()
-    # tf.data's graph optimiser copies what the function captures, here all images; it has nothing to gain.
+    # tf.data's graph optimizer copies what the function captures, here all images; it has nothing to gain.
     options.experimental_optimization.apply_default_optimizations = False
     return iter(blocks.with_options(options))

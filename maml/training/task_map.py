@@ -31,7 +31,7 @@ class TaskMap:
 
     @classmethod
     def choose(cls, network: keras.Model, vectorize: bool | None, jit_compile: bool | None, **rest) -> Self:
-        """As given and, where that is None, as measured to be fastest.
+        """The map as given and, where that is None, as measured to be fastest.
 
         `tf.vectorized_map` has no convolution with a kernel per task: networks that have one run task by
         task and uncompiled, since XLA would not keep each core on a task of its own.

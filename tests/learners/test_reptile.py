@@ -62,7 +62,7 @@ def test_the_outer_step_by_hand(options, change):
 def test_adam_without_momentum_by_hand_and_it_runs_on_from_task_to_task():
     algorithm = Reptile(line(), mean_squared_error, inner_lr=0.1, inner_iters=2, inner_batch=2)
     finals, moment, power = [], 0.0, 0.999
-    for target in (3, -1):  # the second task goes on with the first's moment
+    for target in (3, -1):  # the second task resumes the first's moment
         weight = 1.0
         for _ in range(2):
             gradient = 2 * (weight - target)
@@ -140,7 +140,7 @@ def test_the_tail_is_the_last_mini_batch_and_in_no_other():
 # --- In training ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.long)])
 def test_the_loss_after_adaptation_falls(compiled):
     keras.utils.set_random_seed(4)
     algorithm = Reptile(sine(), mean_squared_error, inner_lr=0.02, inner_iters=5, inner_batch=5)

@@ -1,4 +1,4 @@
-"""Ordinary models and settings that crashed or were refused for a wrong reason."""
+"""Ordinary models and settings that crashed or were rejected for a wrong reason."""
 
 import os
 import pathlib
@@ -138,7 +138,7 @@ def test_ignored_labels_are_let_in_and_do_not_count():
     counts = (query_x != 0) & (query_y != 255)
     needed = ((outputs == query_y) & counts).sum() / counts.sum()
     assert found.query["accuracy"][0, 0] == pytest.approx(needed)
-    with pytest.raises(UserError, match="labels 0 to 9, needed 0 to 2"):
+    with pytest.raises(UserError, match="labels 0 to 9, expected 0 to 2"):
         Learner(model, loss, inner_lr=0.1).adapt(x, np.where(y == 1, 9, y))
 
 

@@ -1,4 +1,4 @@
-"""What would be silently wrong: refused by name before training, or followed as it changes."""
+"""What would be silently wrong: rejected by name before training, or followed as it changes."""
 
 import warnings
 
@@ -245,7 +245,7 @@ def test_a_generator_is_trained_on_to_its_end():
     learner = fresh()
     history = learner.fit((task for task in TASKS), iterations=10, meta_batch=3)
     assert len(history["query_loss"]) == learner.iteration == 2
-    with pytest.raises(UserError, match="the episodes end: found 2 more, needed 3"):
+    with pytest.raises(UserError, match="the episodes end: expected 3, got 2 more"):
         learner.fit(iter(TASKS[:2]), iterations=1, meta_batch=3)
 
 

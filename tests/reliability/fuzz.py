@@ -27,7 +27,7 @@ from typing import NamedTuple
 LONGEST = 10.0  # seconds
 MOST_MEMORY = 1 << 30  # bytes above what there was before
 LONGEST_MESSAGE = 3000
-WORKED, REFUSED, FINDING = "worked", "refused", "FINDING"
+WORKED, REFUSED, FINDING = "worked", "rejected", "FINDING"
 
 
 class Answer(NamedTuple):

@@ -130,13 +130,13 @@ OMNIGLOTS = {
     "text": ({"images_evaluation.zip": PACKED, "images_background.zip": b"x"}, "unreadable archive"),
     "other images": (
         {"images_evaluation.zip": PACKED, "images_background.zip": PACKED},
-        "found 0 characters .*needed 964",
+        "found 0 characters .*expected 964",
     ),
     "files for folders": (
         {"images_evaluation": b"", "images_background": b""},
-        "images_background: a file; needed a folder",
+        "images_background: a file; expected a folder",
     ),
-    "no drawings": ({"Greek/character01/a.txt": b"x"}, "found 0 characters .*needed 1623"),
+    "no drawings": ({"Greek/character01/a.txt": b"x"}, "found 0 characters .*expected 1623"),
 }
 
 
@@ -194,19 +194,19 @@ def itself() -> list:
 
 IMAGES84 = np.zeros((6, 84, 84, 3), np.uint8)
 PICKLED = {
-    "text": (b"version https://git-lfs.github.com/spec/v1\n", "not a whole pickle"),
-    "nothing": (b"", "not a whole pickle"),
-    "cut short": (pickle.dumps({"image_data": IMAGES84, "class_dict": {}})[:5000], "not a whole pickle"),
-    "a list": (pickle.dumps([1, 2]), "needed a dictionary with image_data and class_dict"),
-    "CIFAR": (pickle.dumps({"data": IMAGES84, "labels": [1]}), "needed a dictionary"),
-    "no classes": (pickle.dumps({"image_data": IMAGES84, "class_dict": 5}), "needed a dictionary"),
+    "text": (b"version https://git-lfs.github.com/spec/v1\n", "not a complete pickle"),
+    "nothing": (b"", "not a complete pickle"),
+    "cut short": (pickle.dumps({"image_data": IMAGES84, "class_dict": {}})[:5000], "not a complete pickle"),
+    "a list": (pickle.dumps([1, 2]), "expected a dictionary with image_data and class_dict"),
+    "CIFAR": (pickle.dumps({"data": IMAGES84, "labels": [1]}), "expected a dictionary"),
+    "no classes": (pickle.dumps({"image_data": IMAGES84, "class_dict": 5}), "expected a dictionary"),
     "rows of infinity": (
         pickle.dumps({"image_data": IMAGES84, "class_dict": {"n01532829": [float("inf")]}}),
-        "needed a dictionary",
+        "expected a dictionary",
     ),
     "rows of text": (
         pickle.dumps({"image_data": IMAGES84, "class_dict": {"n01532829": "abc"}}),
-        "needed a dictionary",
+        "expected a dictionary",
     ),
     "other images": (
         pickle.dumps({"image_data": IMAGES84 / 255, "class_dict": {}}),
@@ -221,15 +221,18 @@ PICKLED = {
         pickle.dumps({"image_data": IMAGES84, "class_dict": {"n99999999": [0]}}),
         "class .* is missing; found 0 of the 64 classes",
     ),
-    "a program": (pickle.dumps(Calls(os.system, "touch was_run")), "system, needed arrays of numbers"),
-    "an import": (pickle.dumps({"image_data": Calls(__import__, "this")}), "__import__, needed arrays"),
+    "a program": (pickle.dumps(Calls(os.system, "touch was_run")), "system, expected arrays of numbers"),
+    "an import": (pickle.dumps({"image_data": Calls(__import__, "this")}), "__import__, expected arrays"),
     "objects": (pickle.dumps({"image_data": np.array([{}], object)}), "array of 'O8'"),
-    "laughs": (pickle.dumps(laughs()), "needed a dictionary"),
-    "itself": (pickle.dumps(itself()), "needed a dictionary"),
-    "a memory of 17 GB": (b"\x80\x02]r\x00\x00\x00\x40.", "needed a dictionary"),
-    "bytes of a terabyte": (b"\x80\x05\x96" + (1 << 40).to_bytes(8, "little") + b"x.", "not a whole pickle"),
+    "laughs": (pickle.dumps(laughs()), "expected a dictionary"),
+    "itself": (pickle.dumps(itself()), "expected a dictionary"),
+    "a memory of 17 GB": (b"\x80\x02]r\x00\x00\x00\x40.", "expected a dictionary"),
+    "bytes of a terabyte": (
+        b"\x80\x05\x96" + (1 << 40).to_bytes(8, "little") + b"x.",
+        "not a complete pickle",
+    ),
     "a key that crashes Python": (b"\x80\x02})" + b"\x85" * 10**6 + b"K\x01s.", "unhashable"),
-    "a hundred thousand deep": (b"\x80\x02" + b"]" * 100_000 + b"a" * 99_999 + b".", "not a whole pickle"),
+    "a hundred thousand deep": (b"\x80\x02" + b"]" * 100_000 + b"a" * 99_999 + b".", "not a complete pickle"),
 }
 
 
@@ -273,12 +276,12 @@ def an_empty_class(folder: pathlib.Path) -> None:
 
 
 MINI_IMAGENETS = {
-    one_pickle: "found 1 of the 3 files needed; missing: mini-imagenet-cache-train.pkl",
+    one_pickle: "found 1 of the 3 files expected; missing: mini-imagenet-cache-train.pkl",
     cut_tar: "unreadable, or cut short, after 0 of 100 classes",
     other_tar: "class n01532829 is missing: found 0 of the 64 train classes",
     cut_synset: "unreadable, or cut short, after [01] of 100 classes",
     half_the_folders: "train: class n01532829 is missing; found 0 of the 64",
-    an_empty_class: "class n01532829: found 0 images, needed 600",
+    an_empty_class: "class n01532829: expected 600, got 0 images",
 }
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints that are none, damaged, or of another network: refused in one line, and nothing is written."""
+"""Checkpoints that are none, damaged, or of another network: rejected in one line, and nothing is written."""
 
 import pathlib
 import shutil
@@ -58,7 +58,7 @@ def begin(one: Run) -> None:
 def assert_one_line(message: str) -> None:
     """Which says what was found or holds, what was needed, and ends with what to do."""
     assert len(message.splitlines()) == 1 and "Traceback" not in message and len(message) < 1000, message
-    assert "needed" in message or "holds" in message or "ound" in message, message
+    assert "expected" in message or "holds" in message or "ound" in message, message
     assert message.endswith("."), message
 
 

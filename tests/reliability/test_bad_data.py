@@ -38,7 +38,7 @@ def without(prefix: str) -> dict[str, bytes]:
 
 
 def png(width: int, height: int, *chunks: tuple[bytes, bytes]) -> bytes:
-    """A 1-bit grey PNG of any claimed size, with these chunks after its head."""
+    """A 1-bit gray PNG of any claimed size, with these chunks after its head."""
     head = struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)
     parts = [(b"IHDR", head), *chunks, (b"IEND", b"")]
     return b"\x89PNG\r\n\x1a\n" + b"".join(
@@ -75,7 +75,7 @@ IMAGES = {
     "TIFF of a head": ("9.tif", b"II*\0\x08\0\0\0", r"9\.tif \("),
     "TIFF of fractions": ("9.tif", FRACTIONS, r"9\.tif \(pixels are fractions"),
     "a bomb": ("9.png", bomb(8000), r"9\.png \(8000×8000 pixels, needed at most 50,000,000"),
-    "a bomb that Pillow refuses": ("9.png", png(60_000, 60_000), r"9\.png \(.*decompression bomb"),
+    "a bomb that Pillow rejects": ("9.png", png(60_000, 60_000), r"9\.png \(.*decompression bomb"),
     "PostScript": ("9.eps", EPS, r"9\.eps \(not an image\)"),
     "PostScript called PNG": ("9.png", EPS, r"9\.png \(not an image\)"),
     "a line break in the name": ("9\nerror: all is well.png", b"x", r"9\?error: all is well\.png"),
@@ -161,7 +161,7 @@ TREES = {
     "a class in two splits": (good() | {"val/train0/9.png": RED}, "class train0 is in train and in val"),
     "images beside folders": (good() | {"val/9.png": RED}, r"val/9\.png: found an image outside any class"),
     "a folder in a class": (good() | {"val/val0/more/1.png": RED}, "val0/more: a folder inside a class"),
-    "one class": ({f"cat/{i}.png": RED for i in range(9)}, "found 1 classes, needed at least 3"),
+    "one class": ({f"cat/{i}.png": RED for i in range(9)}, "expected at least 3, got 1 classes"),
     "two classes": ({f"{c}/{i}.png": RED for c in "ab" for i in range(9)}, "found 2 classes"),
 }
 

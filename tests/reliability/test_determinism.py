@@ -105,7 +105,7 @@ def weights(run: pathlib.Path, iteration: int) -> np.ndarray:
 def trained(
     logdir: pathlib.Path, flags: tuple[str, ...], environment: dict[str, str], cores: int
 ) -> dict[int, np.ndarray]:
-    """The weights after 1, 10 and 100 iterations, each time gone on with in a new process."""
+    """The weights after 1, 10 and 100 iterations, each time resumed in a new process."""
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("TF_")}
     usable = sorted(os.sched_getaffinity(0))[:cores]
     for iterations in AFTER:

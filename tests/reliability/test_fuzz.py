@@ -91,4 +91,4 @@ def test_what_works_and_what_is_refused_are_told_apart(tmp_path):
     (tmp_path / "cache").mkdir()
     inside = tmp_path / "cache" / "file"
     assert fuzz.examined(lambda: inside.write_text("x"), tmp_path / "cache") == (fuzz.WORKED, "")
-    assert fuzz.examined(lambda: refuse("found a, needed b"), tmp_path) == (fuzz.REFUSED, "found a, needed b")
+    assert fuzz.examined(lambda: refuse("expected b, got a"), tmp_path) == (fuzz.REFUSED, "expected b, got a")

@@ -101,7 +101,7 @@ def test_ctrl_c_sigterm_and_sigkill_cost_nothing(tmp_path):
         last = saved_iterations(run)[-1]
         interrupted_at.add(last)
         assert f"stopped at iteration {last} of {ITERATIONS}, which is saved in {run}" in said
-        assert "the same command goes on from there" in said and "Traceback" not in said
+        assert "the same command resumes from there" in said and "Traceback" not in said
     process = Program(*command)
     goes_on(run, process)
     wait_for(lambda: writes_a_checkpoint(run), process)

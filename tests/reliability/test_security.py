@@ -149,12 +149,12 @@ def test_a_pickle_runs_nothing(kind, tmp_path):
     folder.mkdir()
     path = stored(folder / miniimagenet.PICKLES["train"], CODE[kind](mark))
     before = set(sys.modules)
-    with pytest.raises(UserError, match=r"(was not loaded|not a whole pickle)"):
+    with pytest.raises(UserError, match=r"(was not loaded|not a complete pickle)"):
         pickles.load(path)
     assert not mark.exists()
     for split in ("val", "test"):
         (folder / miniimagenet.PICKLES[split]).write_bytes(path.read_bytes())
-    with pytest.raises(UserError, match=r"(was not loaded|not a whole pickle)"):
+    with pytest.raises(UserError, match=r"(was not loaded|not a complete pickle)"):
         dict(miniimagenet.find([folder], {"train": {}, "val": {}, "test": {}}).splits)
     assert not mark.exists() and set(sys.modules) == before
 
@@ -179,12 +179,12 @@ HUGE = {
         "an array of '<list>'",
     ),
     "copies of copies": (COPIES, "copied over and over"),
-    "bytes": (b"\x80\x04\x8e" + struct.pack("<Q", 2**62) + b"abc.", "not a whole pickle"),
-    "text": (b"\x80\x04\x8d" + struct.pack("<Q", 2**63) + b"abc.", "not a whole pickle"),
-    "an array of bytes": (b"\x80\x05\x96" + struct.pack("<Q", 2**34) + b"abc.", "not a whole pickle"),
-    "a frame": (b"\x80\x04\x95" + struct.pack("<Q", 2**40) + b"N.", "not a whole pickle"),
-    "depth": (b"]" * 100_000 + b"a" * 99_999 + b".", "not a whole pickle"),
-    "a shape": (pickle.dumps(SHAPED), "not a whole pickle"),
+    "bytes": (b"\x80\x04\x8e" + struct.pack("<Q", 2**62) + b"abc.", "not a complete pickle"),
+    "text": (b"\x80\x04\x8d" + struct.pack("<Q", 2**63) + b"abc.", "not a complete pickle"),
+    "an array of bytes": (b"\x80\x05\x96" + struct.pack("<Q", 2**34) + b"abc.", "not a complete pickle"),
+    "a frame": (b"\x80\x04\x95" + struct.pack("<Q", 2**40) + b"N.", "not a complete pickle"),
+    "depth": (b"]" * 100_000 + b"a" * 99_999 + b".", "not a complete pickle"),
+    "a shape": (pickle.dumps(SHAPED), "not a complete pickle"),
     "an empty shape": (pickle.dumps(State(np.ndarray, ((2**50,),))), "an array without contents"),
 }  # fmt: skip
 

@@ -34,7 +34,7 @@ class FileTree(NamedTuple):
     separator: str = "/"
 
     def path(self, file: str) -> str:
-        """What messages call a file or folder of the tree: on one line, whatever its name."""
+        """The name in messages of a file or folder of the tree: on one line, whatever its name."""
         return f"{self.name}{self.separator}{LINE_BREAKS.sub('?', file)}" if file else self.name
 
     def below(self, folder: str) -> "FileTree":
@@ -80,14 +80,14 @@ def open_tree(path: pathlib.Path) -> FileTree:
                 if _is_plain(path, member)
             }
         else:
-            raise UserError(f"{path}: a file; needed a folder, a .tar or a .zip archive. Unpack it first.")
+            raise UserError(f"{path}: a file; expected a folder, a .tar or a .zip archive. Unpack it first.")
     except UserError:
         raise
     except OSError as error:
         raise _unreadable(path, error) from error
     except Exception as error:  # a damaged archive can fail anywhere in any way
         raise UserError(
-            f"{path}: unreadable archive ({error or type(error).__name__}), needed a whole "
+            f"{path}: unreadable archive ({error or type(error).__name__}), expected a whole "
             f"{path.suffix.lower()}. Fetch or make it again."
         ) from error
     return FileTree(
@@ -121,13 +121,13 @@ def read_file(path: pathlib.Path) -> bytes:
     status = os.stat(path)  # a path of TensorFlow Datasets has a stat() of its own
     if not stat.S_ISREG(status.st_mode):
         raise OSError("not a file")
-    _refuse_huge(status.st_size)
+    _check_size(status.st_size)
     return path.read_bytes()
 
 
 def read_part(path: pathlib.Path, offset: int, size: int) -> bytes:
     """Bytes of a file; OSError if it has fewer, or if they are too many for an image."""
-    _refuse_huge(size)
+    _check_size(size)
     # TarFile.extractfile shares one file position among all threads.
     with path.open("rb") as file:
         file.seek(offset)
@@ -154,25 +154,26 @@ def tar_members(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
         raise tarfile.ReadError(f"damaged or cut short after {archive.offset:,} bytes: there is no end mark")
 
 
-def _refuse_huge(size: int) -> None:
+def _check_size(size: int) -> None:
     if size > LARGEST:
-        raise OSError(f"{size:,} bytes, needed at most {LARGEST:,}")
+        raise OSError(f"{size:,} bytes, expected at most {LARGEST:,}")
 
 
 def _is_plain(path: pathlib.Path, member: tarfile.TarInfo) -> bool:
-    """Whether the member is a file (else it is a folder); refuses what would be missed without a word."""
+    """Whether the member is a file (else it is a folder); rejects what would be missed without a word."""
     if not member.isdir() and (not member.isreg() or member.issparse()):
         raise UserError(
-            f"{path}: member {member.name!r} is a link, a device or a file with holes; needed plain files "
-            f"and folders. Make it again, without --sparse and with tar --dereference --hard-dereference."
+            f"{path}: member {member.name!r} is a link, a device or a file with holes; expected plain "
+            "files and folders. Make it again, without --sparse and with tar --dereference "
+            "--hard-dereference."
         )
     return member.isreg()
 
 
 def _read_zipped(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> bytes:
     if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-        raise OSError("packed by a method that cannot be unpacked in parts, needed deflate")
-    _refuse_huge(member.file_size)
+        raise OSError("packed by a method that cannot be unpacked in parts, expected deflate")
+    _check_size(member.file_size)
     with archive.open(member) as file:
         # With a number the packed bytes are unpacked no further than it, whatever they really hold.
         return file.read(member.file_size + 1)
@@ -181,8 +182,8 @@ def _read_zipped(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> bytes:
 def _unreadable(path: pathlib.Path, error: OSError) -> UserError:
     where = f" at {error.filename}" if error.filename and str(error.filename) != str(path) else ""
     return UserError(
-        f"{path}: cannot be read ({error.strerror or error}{where}), needed a folder or archive that can. "
-        f"Check the path and the rights."
+        f"{path}: cannot be read ({error.strerror or error}{where}), expected a folder or archive that "
+        "can. Check the path and the permissions."
     )
 
 
@@ -199,7 +200,7 @@ def _walk(
             status = entry.stat()
             if (status.st_dev, status.st_ino) in above:
                 raise UserError(
-                    f"{entry.path}: found a link to a folder that it is in, needed an end. Remove the link."
+                    f"{entry.path}: found a link to a folder that it is in, expected an end. Remove the link."
                 )
             yield f"{prefix}{entry.name}/", status
             yield from _walk(pathlib.Path(entry.path), f"{prefix}{entry.name}/", above)
@@ -224,13 +225,13 @@ def _folders(members: Iterable[str]) -> frozenset[str]:
 
 
 def _inside(path: pathlib.Path, members: Iterable[str]) -> Iterator[tuple[str, str]]:
-    """Every member's name and its plain path in the archive; refuses one that leads out of it."""
+    """Every member's name and its plain path in the archive; rejects one that leads out of it."""
     for name in members:
         parts = [part for part in name.split("/") if part not in ("", ".")]
         if name.startswith("/") or ".." in parts:
             raise UserError(
-                f"{path}: member {name!r} leads out of the archive, needed all inside. Do not trust this "
-                f"file: get another."
+                f"{path}: member {name!r} leads out of the archive, expected all inside. Do not trust "
+                "this file: get another."
             )
         if parts:
             yield name, "/".join(parts)

@@ -75,7 +75,7 @@ def cached(
     """
     if not isinstance(source, ImageSource):
         source = source()
-    _refuse_open_to_all(cache_dir())
+    _check_private(cache_dir())
     folder = cache_dir() / _key(source, decode, shape, order_by_pixels)
     build = functools.partial(
         _build,
@@ -104,17 +104,17 @@ def cache_dir() -> pathlib.Path:
     try:
         return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "maml"
     except RuntimeError as error:
-        raise UserError("image cache: found no home folder, needed one. Set MAML_CACHE_DIR.") from error
+        raise UserError("image cache: found no home folder, expected one. Set MAML_CACHE_DIR.") from error
 
 
-def _refuse_open_to_all(folder: pathlib.Path) -> None:
+def _check_private(folder: pathlib.Path) -> None:
     """Raises UserError if anybody may put images into the cache, where they are taken as they are."""
     if not hasattr(os, "getuid"):  # on Windows these bits mean nothing: every folder has them
         return
     if folder.is_dir() and folder.stat().st_mode & stat.S_IWOTH:
         raise UserError(
-            f"MAML_CACHE_DIR: found {folder}, to which every user of this machine can write; needed one that "
-            f"others cannot change. Name a new folder in it, as {folder / 'maml'}."
+            f"MAML_CACHE_DIR: found {folder}, to which every user of this machine can write; expected one "
+            f"that others cannot change. Name a new folder in it, as {folder / 'maml'}."
         )
 
 
@@ -142,7 +142,7 @@ def _open(folder: pathlib.Path, shape: tuple[int, int, int]) -> tuple[dict, dict
             offsets = np.concatenate([[0], np.cumsum(entry["counts"])]).astype(np.int64)
             size = int(offsets[-1]) * int(np.prod(shape))
             if path.stat().st_size != size:
-                raise _Damaged(f"{path.name} has {path.stat().st_size:,} bytes, needed {size:,}")
+                raise _Damaged(f"{path.name} has {path.stat().st_size:,} bytes, expected {size:,}")
             images = np.memmap(path, np.uint8, "r", shape=(int(offsets[-1]), *shape))
             if size <= CHECKED_BYTES and zlib.crc32(images) != entry["crc32"]:
                 raise _Damaged(f"{path.name} does not fit its checksum")
@@ -200,8 +200,8 @@ def _build_alone(
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise _no_space(source.name, folder.parent, _bytes(source, shape)) from error
         raise UserError(
-            f"cannot write the image cache {folder.parent} ({error.strerror or error}), needed for decoded "
-            f"images. Set MAML_CACHE_DIR to a folder that can be written."
+            f"cannot write the image cache {folder.parent} ({error.strerror or error}), expected for "
+            "decoded images. Set MAML_CACHE_DIR to a folder that can be written."
         ) from error
 
 
@@ -294,18 +294,18 @@ def _check(source: ImageSource) -> None:
     for split, classes in source.splits.items():
         if not classes:
             raise UserError(
-                f"{source.name}: found no classes in {split}; needed a folder of images for each."
+                f"{source.name}: expected a folder of images for each, got no classes in {split}."
             )
         for name, files in classes.items():
             if not files:
                 raise UserError(
-                    f"{source.name}: class {name} of {split} holds no images, needed some. Fill its folder, "
-                    f"or remove it."
+                    f"{source.name}: class {name} of {split} holds no images, expected some. Fill its "
+                    "folder, or remove it."
                 )
             if home.setdefault(name, split) != split:
                 raise UserError(
-                    f"{source.name}: class {name} is in {home[name]} and in {split}; needed every class in "
-                    f"one split only. Remove it from one of them."
+                    f"{source.name}: class {name} is in {home[name]} and in {split}; expected every class "
+                    "in one split only. Remove it from one of them."
                 )
 
 
@@ -317,8 +317,8 @@ def _bytes(source: ImageSource, shape: tuple[int, ...]) -> int:
 def _no_space(name: str, folder: pathlib.Path, needed: int) -> UserError:
     free = shutil.disk_usage(folder).free
     return UserError(
-        f"{name}: no space for the image cache in {folder}: found {free / 1e6:,.0f} MB, needed "
-        f"{needed / 1e6:,.0f} MB. Make room, or set MAML_CACHE_DIR to a folder on another disk."
+        f"{name}: no space for the image cache in {folder}: expected {needed / 1e6:,.0f} MB, got "
+        f"{free / 1e6:,.0f} MB. Make room, or set MAML_CACHE_DIR to a folder on another disk."
     )
 
 

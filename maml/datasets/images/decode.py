@@ -20,7 +20,7 @@ MOST_PIXELS = 50_000_000  # of an image that has to be decoded whole
 def decode_drawing(raw: bytes | np.ndarray, *, side: int) -> np.ndarray:
     """Ink 1 on paper 0, uint8 [side, side, 1], by nearest neighbour as Pillow resizes 1-bit images."""
     with open_image(raw) as drawing:
-        refuse_huge(drawing)
+        check_size(drawing)
         grey = np.asarray(drawing.convert("L").resize((side, side), Image.Resampling.NEAREST))
     return (grey < 128).astype(np.uint8)[..., None]
 
@@ -39,11 +39,11 @@ def _formats() -> tuple[str, ...]:
     return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
-def refuse_huge(image: Image.Image) -> None:
+def check_size(image: Image.Image) -> None:
     """A file of a few bytes can hold an image that fills the memory."""
     if image.width * image.height > MOST_PIXELS:
         raise ValueError(
-            f"{image.width}×{image.height} pixels, needed at most {MOST_PIXELS:,}; make it smaller"
+            f"{image.width}×{image.height} pixels, expected at most {MOST_PIXELS:,}; make it smaller"
         )
 
 
@@ -52,9 +52,9 @@ def decode_photograph(raw: bytes | np.ndarray, *, side: int) -> np.ndarray:
     with open_image(raw) as image:
         # A JPEG much too large is decoded at half, a quarter, an eighth of its size, which saves most time.
         image.draft(None, (2 * side, 2 * side))
-        refuse_huge(image)
+        check_size(image)
         ImageOps.exif_transpose(image, in_place=True)
-        if image.mode.startswith("I"):  # 16 bits of grey, which convert() would clip at 255
+        if image.mode.startswith("I"):  # 16 bits of gray, which convert() would clip at 255
             image = Image.fromarray((np.clip(np.asarray(image), 0, 65535) // 257).astype(np.uint8))
         if image.mode == "F":
             raise ValueError("pixels are fractions of no known range")
@@ -101,7 +101,7 @@ def read_and_decode(
             return None, b"", "no bytes"
         image = decode(raw)
         if image.dtype != np.uint8 or image.shape != shape:
-            return None, b"", f"decoded to {image.dtype} {image.shape}, needed uint8 {shape}"
+            return None, b"", f"decoded to {image.dtype} {image.shape}, expected uint8 {shape}"
         content = raw.tobytes() if isinstance(raw, np.ndarray) else raw
         return image, hashlib.blake2b(content, digest_size=16).digest(), ""
     except UserError:

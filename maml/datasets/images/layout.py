@@ -35,8 +35,8 @@ def photo_classes(tree: FileTree) -> dict[str, list[ImageFile]]:
         folder, _, name = file.rpartition("/")
         if not folder and name.lower().endswith(IMAGE_SUFFIXES):
             raise UserError(
-                f"{tree.path(file)}: found an image outside any class folder, needed all in one. "
-                f"Move it there."
+                f"{tree.path(file)}: found an image outside any class folder, expected all in one. Move "
+                "it there."
             )
         if not folder or no_image(name):
             continue

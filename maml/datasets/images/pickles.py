@@ -20,7 +20,7 @@ SHOWN = 200  # characters of an error's text
 NUMBER = re.compile(r"[<>|=]?([biufc]\d{1,2})")
 
 
-class Refused(pickle.UnpicklingError):
+class Rejected(pickle.UnpicklingError):
     """The pickle holds something other than arrays of numbers and plain containers."""
 
 
@@ -35,19 +35,20 @@ def load(path: pathlib.Path) -> Any:
     try:
         with path.open("rb") as file:
             return _plain(_Unpickler(file, path.stat().st_size).load(), {})
-    except Refused as error:
+    except Rejected as error:
         raise UserError(
-            f"{path}: found {_shown(error)}, needed arrays of numbers and plain containers only. A pickle "
-            f"can run any code, so it was not loaded. Get the file from a source that you trust."
+            f"{path}: expected arrays of numbers and plain containers only, got {_shown(error)}. A pickle "
+            "can run any code, so it was not loaded. Get the file from a source that you trust."
         ) from error
     except OSError as error:
         raise UserError(
-            f"{path}: unreadable ({error.strerror or error}), needed a pickle. Check the path and the rights."
+            f"{path}: unreadable ({error.strerror or error}), expected a pickle. Check the path and the "
+            "rights."
         ) from error
     except Exception as error:  # a damaged pickle can fail anywhere in any way
         raise UserError(
-            f"{path}: not a whole pickle ({type(error).__name__}: {_shown(error)}), needed one. Fetch the "
-            f"file again."
+            f"{path}: not a complete pickle ({type(error).__name__}: {_shown(error)}), expected one. Fetch "
+            "the file again."
         ) from error
 
 
@@ -70,7 +71,7 @@ class _DType:
     def __init__(self, name: str | bytes, *_: object):
         match = NUMBER.fullmatch(text(name))
         if not match:
-            raise Refused(f"an array of {text(name)!r}")
+            raise Rejected(f"an array of {text(name)!r}")
         self.dtype = np.dtype(match[1])
 
     def __setstate__(self, state: tuple) -> None:
@@ -91,14 +92,14 @@ class _Array:
 
 def _array(data: bytes, kind: _DType, shape: tuple[int, ...], order: str | bytes) -> np.ndarray:
     if not isinstance(kind, _DType) or not isinstance(data, bytes | bytearray):
-        raise Refused("an array of objects")
+        raise Rejected("an array of objects")
     return np.frombuffer(data, kind.dtype).reshape(shape, order=text(order))
 
 
 def _encode(characters: str, encoding: str | bytes = "latin1") -> bytes:
     """How Python 3 writes bytes in a pickle that Python 2 can read."""
     if text(encoding) not in ("latin1", "latin-1"):
-        raise Refused(f"the text encoding {text(encoding)!r}")
+        raise Rejected(f"the text encoding {text(encoding)!r}")
     return characters.encode("latin1")
 
 
@@ -116,7 +117,7 @@ class _Call:
         return self._function(*arguments)
 
     def __setstate__(self, state: object) -> None:
-        raise Refused("an attempt to change a function")
+        raise Rejected("an attempt to change a function")
 
 
 _CONTAINERS = {kind.__name__: kind for kind in (dict, list, set, frozenset)}
@@ -168,17 +169,17 @@ class _Unpickler(pickle._Unpickler):
         try:
             return _Call(_ALLOWED[module, name], self._spend)
         except KeyError:
-            raise Refused(f"the global {module}.{name}") from None
+            raise Rejected(f"the global {module}.{name}") from None
 
     def persistent_load(self, pid: object) -> Any:
-        """Refuses references to things outside the file."""
-        raise Refused("a reference to something outside the file")
+        """Rejects references to things outside the file."""
+        raise Rejected("a reference to something outside the file")
 
     def _spend(self, items: int) -> None:
         """Everything copied must have been in the file: copies of copies would fill the memory."""
         self._left -= items
         if self._left < 0:
-            raise Refused("contents that are copied over and over")
+            raise Rejected("contents that are copied over and over")
 
     def _load_tuple(self, length: int | None = None) -> None:
         items = self.pop_mark() if length is None else [self.stack.pop() for _ in range(length)][::-1]
@@ -209,7 +210,7 @@ def _plain(value: Any, done: dict[int, Any]) -> Any:
         return done[id(value)]
     if isinstance(value, _Array):
         if value.array is None:
-            raise Refused("an array without contents")
+            raise Rejected("an array without contents")
         return value.array
     if isinstance(value, dict):
         plain = done[id(value)] = {}

@@ -1,0 +1,71 @@
+"""Adapted models in Keras' own layers, for programs without maml."""
+
+import keras
+import numpy as np
+
+from maml.errors import UserError
+from maml.networks.copies import is_graph, not_compiled
+from maml.networks.layers import BatchNorm, LayerNorm, LayerNormalization, MaxPool
+
+Layer = keras.layers.Layer
+
+
+def plain(model: keras.Model) -> keras.Model:
+    """A copy of an adapted model that computes the same in inference, of Keras' own layers alone.
+
+    `maml.BatchNorm` becomes BatchNormalization with the statistics that it keeps, `maml.LayerNormalization`
+    its namesake, `maml.LayerNorm` a LayerNormalization over all axes of an example, `MaxPool` MaxPooling2D.
+
+    Args:
+        model: Sequential or functional, as `Learner.adapt` returns it.
+
+    Raises:
+        UserError: if it is of a class of its own, or holds another layer of maml's.
+    """
+    if not is_graph(model):
+        raise UserError(
+            f"{model.name!r}: expected a Sequential or functional model, got {type(model).__name__}. Its own "
+            f"class says what it computes."
+        )
+    pairs: list[tuple[Layer, Layer]] = []
+
+    def own(layer: Layer | keras.Operation) -> Layer | keras.Operation:
+        if not isinstance(layer, Layer) or isinstance(layer, keras.layers.Lambda):
+            return layer
+        copy = _plain_layer(layer)
+        pairs.append((layer, copy))
+        return copy
+
+    with not_compiled(model):
+        copy = keras.models.clone_model(model, clone_function=own, recursive=True)
+    for layer, other in pairs:
+        other.set_weights(_plain_weights(layer, other))
+    return copy
+
+
+def _plain_layer(layer: Layer) -> Layer:
+    common = dict(name=layer.name, dtype=layer.dtype_policy.name)
+    if isinstance(layer, BatchNorm):
+        return keras.layers.BatchNormalization(epsilon=layer.epsilon, scale=False, **common)
+    if isinstance(layer, LayerNormalization):
+        config = layer.get_config()
+        return keras.layers.LayerNormalization.from_config(config)
+    if isinstance(layer, LayerNorm):
+        axes = list(range(1, len(layer.input.shape)))
+        return keras.layers.LayerNormalization(axis=axes, epsilon=layer.epsilon, **common)
+    if isinstance(layer, MaxPool):
+        return keras.layers.MaxPooling2D(2, data_format="channels_last", **common)
+    if type(layer).__module__.split(".")[0] == "maml":
+        raise UserError(f"layer {layer.name!r}, {type(layer).__name__}, has no plain form in Keras.")
+    return type(layer).from_config(layer.get_config())
+
+
+def _plain_weights(layer: Layer, other: Layer) -> list[np.ndarray]:
+    if isinstance(layer, BatchNorm):
+        return [layer.beta.numpy(), layer.mean.numpy(), layer.variance.numpy()]
+    if isinstance(layer, LayerNorm):  # per channel, where Keras has a weight per entry
+        return [
+            np.broadcast_to(layer.gamma, other.gamma.shape),
+            np.broadcast_to(layer.beta, other.beta.shape),
+        ]
+    return layer.get_weights()
