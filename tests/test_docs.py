@@ -29,7 +29,20 @@ EXAMPLE = "examples/batch_norm_second_derivative.py"
 OTHER_PROGRAMS = ("pip ", "uv ", "tensorboard ", "tfds ", "python -m venv ", "/tmp/")
 OTHER_MODULES = {"pytest"}
 OTHER_FLAGS = {"flagfile", "help", "helpshort", "helpfull", "version", "verbosity"}  # absl's
-LIBRARIES = {"tf", "tfds", "keras", "np", "os", "yaml", "l2l", "learn2learn", "nn", "torch"}
+LIBRARIES = {
+    "tf",
+    "tfds",
+    "keras",
+    "np",
+    "os",
+    "yaml",
+    "l2l",
+    "learn2learn",
+    "nn",
+    "torch",
+    "model",
+    "adapted",
+}
 # The original's names, TensorFlow's, a host's, and learn2learn's.
 OTHER_NAMES = {
     "cbfinn", "forward_conv", "task_metalearn", "construct_conv_weights", "DataGenerator", "inputa", "labela",
@@ -79,6 +92,8 @@ def bound(tree: ast.Module | ast.ClassDef) -> set[str]:
     """What can be had from a module or class by a dot; of a class, what its methods set as well."""
     found = set()
     for statement in tree.body:
+        if isinstance(statement, ast.ImportFrom):  # handed on
+            found |= {alias.name for alias in statement.names if alias.asname == alias.name}
         if isinstance(statement, ast.FunctionDef | ast.ClassDef):
             found.add(statement.name)
             kind, field = ast.Attribute, "attr"  # self.x = …
@@ -176,6 +191,7 @@ def is_name(text: str) -> bool:
     if not re.fullmatch(r"[A-Za-z]\w*(\.[A-Za-z_]\w*)*", text) or text in OTHER_NAMES or text.isupper():
         return True
     first, *rest = text.split(".")
+    first = "Learner" if first == "learner" else first  # one of the class
     if first in LIBRARIES:
         return True
     if not rest:
