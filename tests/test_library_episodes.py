@@ -9,7 +9,8 @@ from maml import EpisodeSpec, Learner, UserError, cross_entropy, mean_squared_er
 from maml.datasets.sinusoid import Sinusoid
 from maml.learners.losses import ScalarLoss, check_outputs, takes_labels
 from maml.networks.operations import last_operation, traced
-from maml.training.given import Needs, Position, given_blocks, source_blocks
+from maml.training.given import Position, given_blocks, source_blocks
+from maml.training.needs import Needs
 from tests.test_library_layers import LOGITS, WAY, episodes, network
 
 import keras  # isort: skip

@@ -11,7 +11,8 @@ from maml.errors import UserError
 from maml.learners.losses import accuracy
 from maml.learners.options import check_whole
 from maml.training import given
-from maml.training.given import Episodes, Needs
+from maml.training.given import Episodes
+from maml.training.needs import Needs
 
 Method = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
 FLIPS = 10_000  # random signs of the paired test

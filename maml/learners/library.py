@@ -29,7 +29,8 @@ from maml.networks.checks import check_built
 from maml.networks.stateless import tensors_of
 from maml.training import given
 from maml.training.evaluate import TestResult, joined, measure_tasks
-from maml.training.given import Arrays, Episodes, Needs
+from maml.training.given import Episodes
+from maml.training.needs import Arrays, Needs, check_finite
 
 
 class Learner(Workings):
@@ -221,7 +222,7 @@ class Learner(Workings):
             UserError: if they deviate, or an operation has no second derivative; names it and the remedy.
         """
         episode = self._needs.fitting(episode)
-        given.check_finite(episode)
+        check_finite(episode)
         self._prove(episode)
         return self._proof.compared(episode)
 

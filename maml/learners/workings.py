@@ -24,8 +24,9 @@ from maml.networks.checks import check_model
 from maml.networks.stateless import Weights
 from maml.training import given
 from maml.training.evaluate import TestResult
-from maml.training.given import Arrays, Episodes, Needs
+from maml.training.given import Episodes
 from maml.training.loop import METATRAIN, Block, Phase, Update, updates
+from maml.training.needs import Arrays, Needs, check_finite
 from maml.training.outer_loop import OuterLoop
 from maml.training.progress import COMPILING, Smoothed
 
@@ -205,7 +206,7 @@ class Workings:
         check_whole(0, steps=steps)
         self._refresh()
         episode = self._needs.fitting((support_x, support_y, support_x, support_y))
-        given.check_finite(episode)
+        check_finite(episode)
         self._prove(episode)
         x, y, *_ = tf.nest.map_structure(tf.convert_to_tensor, self._needs.fitting(episode))
         return x, y, tf.constant(steps)
