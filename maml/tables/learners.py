@@ -47,7 +47,10 @@ METRIC_FLAGS = ("train_num_classes", "train_shots", "test_statistics")
 
 def _maml_plus_plus(datasource: str, way: int, shot: int) -> dict[str, object]:
     """Values of the authors' configurations, which have 1 query per class on Omniglot."""
-    inner = dict(num_updates=5, test_num_updates=5, max_pool=True)
+    steps = dict(num_updates=5, test_num_updates=5)
+    if datasource == "sinusoid":
+        return steps
+    inner = steps | dict(max_pool=True)
     if datasource == "omniglot":
         return inner | dict(meta_batch_size=8, num_filters=64, num_query=1)
     return inner | dict(meta_batch_size=2, num_filters=48, num_query=15)

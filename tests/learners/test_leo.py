@@ -115,6 +115,7 @@ def test_chunks_of_tasks_change_nothing():
         np.testing.assert_allclose(a, b, rtol=1e-8, atol=1e-12)
 
 
+@pytest.mark.long
 def test_tasks_in_one_batch_under_xla_agree_with_one_by_one(monkeypatch):
     """With noise of the test's own, as XLA draws another. One step of each kind: XLA takes long."""
     algorithm = build(inner_unroll_length=1, finetuning_unroll_length=1, dropout_rate=0.0)

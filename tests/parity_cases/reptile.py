@@ -91,7 +91,7 @@ def reptile(run: Case) -> Errors:
     names = assign(algorithm, run)
     update = tf.function(algorithm.inner_update, autograph=False, reduce_retracing=True)
 
-    x, y = feed.task(0, 0)[0]
+    x, y = map(tf.constant, feed.task(0, 0)[0])
     weights = [settings["weight_decay"] * w for w in algorithm.weights()]
     first = dict(zip(names, algorithm.inner_gradient(weights, x, y)[0], strict=True))
     for name, wanted in run.under("first_step_grad").items():
