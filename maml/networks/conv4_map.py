@@ -57,7 +57,7 @@ def relation_module(
     if len(input_shape) == 3:
         for i in range(2):
             layers += _block(filters, padding, True, dtype, "rel_", i + 1)
-        layers.append(keras.layers.Flatten(dtype=dtype))
+        layers.append(keras.layers.Flatten(data_format="channels_last", dtype=dtype))
     dense = dict(
         kernel_initializer=keras.initializers.RandomNormal(stddev=0.01),
         bias_initializer="ones",
@@ -76,6 +76,7 @@ def _block(
             filters,
             3,
             padding=padding,
+            data_format="channels_last",  # whatever keras.json says
             kernel_initializer=keras.initializers.RandomNormal(stddev=math.sqrt(2 / (9 * filters))),
             dtype=dtype,
             name=f"{prefix}conv{number}",

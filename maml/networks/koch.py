@@ -41,14 +41,15 @@ def koch(
                 count,
                 size,
                 activation="relu",
+                data_format="channels_last",  # whatever keras.json says
                 kernel_initializer=normal(0.0, 0.01),
                 bias_initializer=normal(0.5, 0.01),
                 dtype=dtype,
                 name=f"conv{i + 1}",
             )
         )
-        layers += [keras.layers.MaxPooling2D(2, dtype=dtype)] if i < 3 else []
-    layers.append(keras.layers.Flatten(dtype=dtype))
+        layers += [keras.layers.MaxPooling2D(2, data_format="channels_last", dtype=dtype)] if i < 3 else []
+    layers.append(keras.layers.Flatten(data_format="channels_last", dtype=dtype))
     layers.append(
         keras.layers.Dense(
             units,

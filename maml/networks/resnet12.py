@@ -40,7 +40,7 @@ def resnet12(
     x = inputs = keras.Input(input_shape, dtype=_exact(dtype))
     for number, width in enumerate(widths, start=1):
         x = _block(x, width, norm, dtype, f"block{number}")
-    x = keras.layers.GlobalAveragePooling2D(dtype=_exact(dtype))(x)
+    x = keras.layers.GlobalAveragePooling2D(data_format="channels_last", dtype=_exact(dtype))(x)
     if outputs is not None:
         x = keras.layers.Dense(outputs, dtype=_exact(dtype), name="head")(x)
     return keras.Model(inputs, x)
@@ -54,6 +54,7 @@ def _block(x: keras.KerasTensor, width: int, norm: str, dtype: str, name: str) -
             width,
             size,
             padding="same",
+            data_format="channels_last",
             use_bias=norm == "None",  # which a norm would take away again
             kernel_initializer=keras.initializers.VarianceScaling(2.0, "fan_out", "untruncated_normal"),
             dtype=dtype,
