@@ -81,7 +81,16 @@ def test_default_run_is_quiet_and_ends_with_a_table(trained):
 def test_run_folder_holds_everything(trained):
     run = trained[0] / SINUSOID
     folders = {"checkpoints", "train", "validation", "tests"}
-    files = {"flags", "data", "lock", "results.json", "results.lock", "validation.csv", "fits.png"}
+    files = {
+        "cost.json",
+        "flags",
+        "data",
+        "lock",
+        "results.json",
+        "results.lock",
+        "validation.csv",
+        "fits.png",
+    }
     files.add("test_ubs5_stepsize0.001.csv")
     assert {path.name for path in run.iterdir()} == folders | files
     assert (run / "fits.png").read_bytes().startswith(b"\x89PNG")
@@ -241,7 +250,10 @@ def test_too_few_validation_classes_do_not_stop_a_training(tmp_path):
         "--update_batch_size=1", "--img_size=16", "--metatrain_iterations=2", "--test_num_updates=1", *TINY,
     )  # fmt: skip
     done = maml(tmp_path / "logs", *flags, "--test_set")
-    assert "training without validation" in done.stdout and "found 2 val classes" in done.stdout
+    assert (
+        "training without validation" in done.stdout
+        and "expected 3 classes, got 2 val classes" in done.stdout
+    )
     assert "meta-test tasks" in done.stdout
     refused = maml(tmp_path / "other", *flags, expect=2)
-    assert "found 2 val classes" in refused.stderr and "--test_set" in refused.stderr
+    assert "expected 3 classes, got 2 val classes" in refused.stderr and "--test_set" in refused.stderr

@@ -204,7 +204,7 @@ def test_two_processes_train_like_one_and_leave_one_run_folder(tmp_path):
     assert "2 processes" in said and "query" in said
     assert ended(other)[0] == ""
     files = {"checkpoints", "train", "validation", "tests", "flags", "data", "lock", "results.lock"}
-    files |= {"results.json", "fits.png", "validation.csv", "test_ubs5_stepsize0.001.csv"}
+    files |= {"cost.json", "results.json", "fits.png", "validation.csv", "test_ubs5_stepsize0.001.csv"}
     assert {path.name for path in (tmp_path / "two" / name).iterdir()} == files
     ended(train("one", 20))
     for one, two in zip(weights("one", 20), weights("two", 20), strict=True):

@@ -133,7 +133,7 @@ def test_omniglot_has_the_figures_of_main(data_dir, tmp_path):
 
 
 def test_a_folder_that_is_no_run_or_has_another_name_is_refused(sinusoid, tmp_path):
-    with pytest.raises(UserError, match="expected a run folder, got no flags in it"):
+    with pytest.raises(UserError, match=r"expected a run folder \(flags, checkpoints/\), got none"):
         load.test_settings(tmp_path, [])
     renamed = tmp_path / "mine"
     renamed.mkdir()
@@ -154,9 +154,9 @@ def test_a_link_stands_for_its_run(sinusoid, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((), "found nothing, expected one run folder"),
-        (("/nowhere",), "found no flags in it"),
-        (("/nowhere", "--notransductive"), "--transductive: found it given"),
+        ((), "expected one run folder, got none"),
+        (("/nowhere",), "expected a run folder (flags, checkpoints/), got none"),
+        (("/nowhere", "--notransductive"), "expected no --transductive, got it"),
     ],
 )
 def test_mistakes_get_one_line_and_exit_code_2(arguments, message):

@@ -152,7 +152,7 @@ def test_the_check_before_timing_sees_a_wrong_learner():
     settings = small("mlp_sinusoid")
     network = network_of(settings, "float64")
     wrong = Meta.built(small("mlp_sinusoid", order=1), network)
-    found = agreement(wrong, PlainLoop(settings, network), first_meta_batch(settings))
+    found = agreement(wrong.outer, PlainLoop(settings, network), first_meta_batch(settings))
     assert found["query_loss"] < speed.TOLERANCE["float64"] < found["meta_gradient"]
     row = {"workload": "mlp", "order": 2, "agreement": {f"float64_{name}": x for name, x in found.items()}}
     with pytest.raises(RuntimeError, match="float64_meta_gradient"):
