@@ -48,7 +48,7 @@ def test_more_classes_than_outputs_are_classified_by_the_nearest_class_mean():
     prototypes = np.stack([x.numpy()[support.labels == c].mean(0) for c in range(WAY)])
     by_hand = ((q.numpy()[:, None] - prototypes) ** 2).sum(-1).argmin(-1)
     np.testing.assert_array_equal(found, by_hand)
-    assert (found == query.labels).mean() > 0.5  # chance: 1 of 7
+    assert (found == query.labels).mean() > 2 / WAY  # twice chance, untrained
 
 
 def test_a_network_that_does_not_end_with_its_head_has_no_backbone():

@@ -219,12 +219,12 @@ def test_the_sinusoid_is_what_the_oracle_is_told():
         (EpisodeSpec(4, 2, 5, 0), "got 6 of train class 0 (4 classes", "expected 7 images of every class"),
     ],
 )
-def test_too_few_classes_or_images_are_refused_with_both_numbers(spec, found, needed):
+def test_too_few_classes_or_images_are_refused_with_both_numbers(spec, found, expected):
     source = coded_images(classes=4, per_class=6)
     with pytest.raises(UserError) as refusal:
         next(stream_blocks(source, spec, "train", meta_batch=2, block=1))
     assert found in str(refusal.value)
-    assert needed in str(refusal.value)
+    assert expected in str(refusal.value)
 
 
 def test_just_enough_classes_and_images_are_enough():

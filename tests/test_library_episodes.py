@@ -114,14 +114,20 @@ def test_a_data_source_goes_on_where_training_was():
     ("change", "message"),
     [
         (lambda x, y, *rest: (x, y), "an episode of 2 parts"),
-        (lambda x, y, *rest: dict(x=x, y=y, query_x=x, query_y=y), "an episode with <U1, expected arrays"),
+        (
+            lambda x, y, *rest: dict(x=x, y=y, query_x=x, query_y=y),
+            "expected arrays of numbers, got an episode with <U1",
+        ),
         (lambda x, y, *rest: ([[1, 2], [3]], y, *rest), "an episode that cannot be made arrays"),
-        (lambda x, y, *rest: (x[:, :3], y, *rest), "support inputs (6, 3), expected (None, 4) for 'mine'"),
+        (
+            lambda x, y, *rest: (x[:, :3], y, *rest),
+            "expected (None, 4) for 'mine', got support inputs (6, 3)",
+        ),
         (lambda x, y, *rest: (x, y, x, y[:5]), "query inputs (6, 4) with targets (5,)"),
         (lambda x, y, *rest: (x[:0], y[:0], *rest), "support inputs (0, 4) with targets (0,)"),
         (lambda x, y, *rest: (x, y[:, None], *rest), "labels int64 (6, 1), expected one integer per example"),
         (lambda x, y, *rest: (x, y / 2, *rest), "labels float64"),
-        (lambda x, y, *rest: (x, y + 1, *rest), "labels 1 to 3, expected 0 to 2"),
+        (lambda x, y, *rest: (x, y + 1, *rest), "expected 0 to 2, got support labels 1 to 3"),
     ],
 )
 def test_episodes_that_do_not_fit_are_refused(change, message):
@@ -133,7 +139,9 @@ def test_targets_are_of_the_outputs_shape():
     needs = Needs("mine", (None, 4), (None, 1), labels=False, alike=True)
     x, y = np.zeros((6, 4)), np.arange(6.0)
     assert needs.fitting((x, y, x, y[:, None])).support_y.shape == (6, 1)
-    with pytest.raises(UserError, match=re.escape("support targets (6, 2), expected (None, 1)")):
+    with pytest.raises(
+        UserError, match=re.escape("expected (None, 1), as 'mine' gives out, got support targets (6, 2)")
+    ):
         needs.fitting((x, np.zeros((6, 2)), x, y))
     own_loss = needs._replace(alike=False)
     assert own_loss.fitting((x, np.zeros((6, 2)), x, y)).support_y.shape == (6, 2)
@@ -142,11 +150,11 @@ def test_targets_are_of_the_outputs_shape():
 def test_other_mistakes_are_told():
     learner = Learner(network("functional"), LOGITS, inner_lr=0.1)
     task = episodes("functional")[0]
-    with pytest.raises(UserError, match="Sinusoid draws episodes of any size: found spec=None"):
+    with pytest.raises(UserError, match="Sinusoid draws episodes of any size: expected .* got spec=None"):
         learner.fit(Sinusoid(), iterations=1)
-    with pytest.raises(UserError, match=r"and split='training', needed .* one of train, val, test"):
+    with pytest.raises(UserError, match=r"one of train, val, test, got .* and split='training'"):
         learner.fit(Sinusoid(), iterations=1, spec=EpisodeSpec(1, 5, 5, 0), split="training")
-    with pytest.raises(UserError, match=r"support inputs \(5, 1\), needed \(None, 4\)"):
+    with pytest.raises(UserError, match=r"expected \(None, 4\) .*, got support inputs \(5, 1\)"):
         learner.evaluate(Sinusoid(), tasks=1, spec=EpisodeSpec(1, 5, 5, 0))
     with pytest.raises(UserError, match="episodes: expected a list, got int"):
         learner.fit(7, iterations=1)

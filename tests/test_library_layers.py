@@ -384,5 +384,5 @@ def test_a_class_of_ones_own_is_adapted_too():
         Learner(model, LOGITS, inner_lr=0.1, swap_norms=True)
     closed = Closed(5)
     closed(x)
-    with pytest.raises(UserError, match=r"cannot be copied, .* Give Closed, .* hands \*\*kwargs on"):
+    with pytest.raises(UserError, match=r"cannot be copied, .* Add to Closed, .* hands \*\*kwargs on"):
         Learner(closed, LOGITS, inner_lr=0.1)

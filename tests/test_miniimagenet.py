@@ -228,7 +228,7 @@ def test_a_pickle_that_asks_for_code_is_refused_and_not_run(evil, named, tmp_pat
     mark = tmp_path / "was run"
     path = tmp_path / "mini-imagenet-cache-train.pkl"
     path.write_bytes(evil(mark))
-    with pytest.raises(UserError, match=rf"train.pkl: found .*{named}.*was not loaded"):
+    with pytest.raises(UserError, match=rf"train.pkl: expected .*{named}.*was not loaded"):
         pickles.load(path)
     assert not mark.exists()
 
@@ -293,10 +293,10 @@ JPG = "val/n00000003/n0000000300000001.jpg"
         ("tar", truncate(TAR, 0), r"train.tar: .*cut short, after 0 of 5 classes"),
         ("pickles", drop(VAL), r"found 2 of the 3 .* missing: .*val.pkl"),
         ("pickles", rewrite("train", without_class), r"train.pkl: class n00000002 is missing; found 1 of"),
-        ("pickles", rewrite("train", with_wrong_row), r"n00000002: found image indices 4 to 77, needed 0"),
+        ("pickles", rewrite("train", with_wrong_row), r"n00000002: expected 0 to 5, got image indices 4 to 77"),
         ("pickles", rewrite("test", lambda contents: [contents]), "expected a dictionary with image_data"),
-        ("pickles", rewrite("test", lambda c: c | {"image_data": c["image_data"] / 255}), "found .*float64"),
-        ("folders", drop("train/n00000001/n0000000100000002.jpg"), r"00001: found 2 images, needed 3"),
+        ("pickles", rewrite("test", lambda c: c | {"image_data": c["image_data"] / 255}), "got .*float64"),
+        ("folders", drop("train/n00000001/n0000000100000002.jpg"), r"00001: expected 3, got 2 images"),
         ("folders", move("test", "tests"), r"there is no .*test"),
         ("folders", move("test/n00000004", "test/n00000009"), r"class n00000004 is missing; found 1 of"),
         ("folders", move("test/n00000004", "val/n00000004"), r"val: class n00000004 does not belong there"),
@@ -319,7 +319,7 @@ def test_too_few_images_in_the_archive_are_said(images, tmp_path):
     more = TABLE | {"val": {"n00000003": (1, 3, 6)}}
     make_tar(tmp_path / "whole", images)
     source = miniimagenet.find([tmp_path / "whole"], more)
-    with pytest.raises(UserError, match=r"n00000003: found 5 images in n00000003.tar, needed at least 6"):
+    with pytest.raises(UserError, match=r"n00000003: expected at least 6, got 5 images in n00000003.tar"):
         dict(source.splits)
 
 
@@ -341,7 +341,7 @@ def test_nothing_in_an_archive_leads_out_of_it(images, tmp_path):
         add(archive, "/n00000002.tar", b"")
         add(archive, "n00000003.tar", inner.getvalue())
     source = miniimagenet.find([tmp_path / "set"], {"val": {"n00000003": (1, 2)}})
-    with pytest.raises(UserError, match=r"found 1 images in n00000003.tar, needed at least 2"):
+    with pytest.raises(UserError, match=r"expected at least 2, got 1 images in n00000003.tar"):
         dict(source.splits)
     (file,) = miniimagenet.find([tmp_path / "set"], {"val": {"n00000003": (1,)}}).splits["val"]["n00000003"]
     assert file.name.startswith("n0000000300000001.jpg") and "n00000003_13.JPEG" in file.name

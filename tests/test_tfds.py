@@ -114,7 +114,7 @@ def test_a_prepared_folder_runs_no_code(tmp_path, monkeypatch):
     path.write_text(spoiled)
     (tmp_path / "evil_module.py").write_text(f"open({str(tmp_path / 'was run')!r}, 'w')")
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(UserError, match=r"found the class 'evil_module.Evil'.*was not loaded"):
+    with pytest.raises(UserError, match=r"got the class 'evil_module.Evil'.*was not loaded"):
         load_tfds("shapes", tmp_path)
     assert not (tmp_path / "was run").exists()
 

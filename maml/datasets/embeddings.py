@@ -27,7 +27,7 @@ def load_embeddings(data_dir: str, seed: int = 0, *, normalize: bool = True) -> 
     """
     path = pathlib.Path(data_dir)
     try:
-        with np.load(path, allow_pickle=False) as arrays:
+        with np.load(path) as arrays:
             missing = [key for key in KEYS if key not in arrays]
             x, y, split = (None if key in missing else arrays[key] for key in KEYS)
     except (OSError, ValueError, zipfile.BadZipFile) as error:

@@ -14,7 +14,13 @@ import keras
 import numpy as np
 
 from maml.errors import UserError
-from maml.learners.losses import Loss, cross_entropy, mean_squared_error
+from maml.learners.losses import (
+    Loss,
+    cross_entropy,
+    mean_cross_entropy,
+    mean_squared_error,
+    summed_cross_entropy,
+)
 from maml.learners.options import Assembly
 from maml.networks.copies import not_compiled
 from maml.tables import LEARNERS, load
@@ -23,7 +29,7 @@ if TYPE_CHECKING:
     from maml.learners.library import Learner
 
 VERSION = 1
-_OURS = {"mean_squared_error": mean_squared_error}
+_OURS = {loss.__name__: loss for loss in (mean_squared_error, mean_cross_entropy, summed_cross_entropy)}
 
 
 def save(learner: "Learner", path: str | os.PathLike) -> None:
@@ -130,10 +136,10 @@ def _name_of(loss: object) -> object:
         return {"dict": {name: _name_of(part) for name, part in loss.items()}}
     if isinstance(loss, list | tuple):
         return {"list": [_name_of(part) for part in loss]}
-    if hasattr(loss, "shot"):
-        return {"maml": "cross_entropy", "shot": loss.divisor}
     if loss in _OURS.values():
         return {"maml": loss.__name__}
+    if hasattr(loss, "divisor"):
+        return {"maml": "cross_entropy", "shot": loss.divisor}
     if isinstance(loss, keras.losses.Loss | keras.metrics.Metric):
         return keras.saving.serialize_keras_object(loss)
     return None

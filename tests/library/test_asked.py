@@ -173,7 +173,7 @@ def test_several_inputs_and_outputs_by_name():
     assert found.check_gradient(tasks[0]).is_right
     assert found.fit(tasks, iterations=2)["query_loss"].shape == (2,)
     assert set(found.adapt(x, y)(query_x)) == {"kind", "size"}
-    with pytest.raises(UserError, match=r"support inputs \['image'\], needed a dict of image, words"):
+    with pytest.raises(UserError, match=r"expected a dict of image, words, got support inputs \['image'\]"):
         found.adapt({"image": x["image"]}, y)
 
 

@@ -138,7 +138,7 @@ def test_ignored_labels_are_let_in_and_do_not_count():
     counts = (query_x != 0) & (query_y != 255)
     needed = ((outputs == query_y) & counts).sum() / counts.sum()
     assert found.query["accuracy"][0, 0] == pytest.approx(needed)
-    with pytest.raises(UserError, match="labels 0 to 9, expected 0 to 2"):
+    with pytest.raises(UserError, match="expected 0 to 2, got support labels 0 to 9"):
         Learner(model, loss, inner_lr=0.1).adapt(x, np.where(y == 1, 9, y))
 
 
@@ -169,7 +169,7 @@ def test_values_that_are_not_numbers_are_refused_in_all_calls(part):
     ]
     calls += [lambda: learner.adapt(*episode[:2])] * (part == 0)
     for call in calls:
-        with pytest.raises(UserError, match=r"found NaN or infinite values in (support|query) inputs"):
+        with pytest.raises(UserError, match=r"got NaN or infinite values in (support|query) inputs"):
             call()
 
 

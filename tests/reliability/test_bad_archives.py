@@ -106,7 +106,7 @@ ZIPS = {
     "a strange compression": (FOREIGN, "36 images cannot be read: .*packed by a method"),
     "a bomb": (
         zip_of(good() | {"val/val1/9.png": bytes(300 << 20)}, zipfile.ZIP_DEFLATED),
-        r"9\.png \(314,572,800 bytes, needed at most",
+        r"9\.png \(314,572,800 bytes, expected at most",
     ),
     "above itself": (zip_of(good() | {"../1.png": RED}), r"'\.\./1\.png' leads out"),
     "absolute": (zip_of(good() | {"/a/1.png": RED}), "'/a/1.png' leads out"),
@@ -130,13 +130,13 @@ OMNIGLOTS = {
     "text": ({"images_evaluation.zip": PACKED, "images_background.zip": b"x"}, "unreadable archive"),
     "other images": (
         {"images_evaluation.zip": PACKED, "images_background.zip": PACKED},
-        "found 0 characters .*expected 964",
+        "expected 964, got 0 characters",
     ),
     "files for folders": (
         {"images_evaluation": b"", "images_background": b""},
         "images_background: a file; expected a folder",
     ),
-    "no drawings": ({"Greek/character01/a.txt": b"x"}, "found 0 characters .*expected 1623"),
+    "no drawings": ({"Greek/character01/a.txt": b"x"}, "expected 1623, got 0 characters"),
 }
 
 
@@ -210,19 +210,19 @@ PICKLED = {
     ),
     "other images": (
         pickle.dumps({"image_data": IMAGES84 / 255, "class_dict": {}}),
-        "found image_data of float64",
+        "got image_data of float64",
     ),
     "small images": (
         pickle.dumps({"image_data": IMAGES84[:, :32, :32], "class_dict": {}}),
-        r"found image_data of uint8 \[6, 32, 32, 3\]",
+        r"got image_data of uint8 \[6, 32, 32, 3\]",
     ),
-    "lists of images": (pickle.dumps({"image_data": [1, 2], "class_dict": {}}), "found image_data of"),
+    "lists of images": (pickle.dumps({"image_data": [1, 2], "class_dict": {}}), "got image_data of"),
     "other classes": (
         pickle.dumps({"image_data": IMAGES84, "class_dict": {"n99999999": [0]}}),
         "class .* is missing; found 0 of the 64 classes",
     ),
-    "a program": (pickle.dumps(Calls(os.system, "touch was_run")), "system, expected arrays of numbers"),
-    "an import": (pickle.dumps({"image_data": Calls(__import__, "this")}), "__import__, expected arrays"),
+    "a program": (pickle.dumps(Calls(os.system, "touch was_run")), "expected arrays of numbers .*system"),
+    "an import": (pickle.dumps({"image_data": Calls(__import__, "this")}), "expected arrays .*__import__"),
     "objects": (pickle.dumps({"image_data": np.array([{}], object)}), "array of 'O8'"),
     "laughs": (pickle.dumps(laughs()), "expected a dictionary"),
     "itself": (pickle.dumps(itself()), "expected a dictionary"),

@@ -74,7 +74,7 @@ IMAGES = {
     "WebP cut short": ("9.webp", truncated(photograph("red", "webp")), r"9\.webp \("),
     "TIFF of a head": ("9.tif", b"II*\0\x08\0\0\0", r"9\.tif \("),
     "TIFF of fractions": ("9.tif", FRACTIONS, r"9\.tif \(pixels are fractions"),
-    "a bomb": ("9.png", bomb(8000), r"9\.png \(8000×8000 pixels, needed at most 50,000,000"),
+    "a bomb": ("9.png", bomb(8000), r"9\.png \(8000×8000 pixels, expected at most 50,000,000"),
     "a bomb that Pillow rejects": ("9.png", png(60_000, 60_000), r"9\.png \(.*decompression bomb"),
     "PostScript": ("9.eps", EPS, r"9\.eps \(not an image\)"),
     "PostScript called PNG": ("9.png", EPS, r"9\.png \(not an image\)"),
@@ -136,7 +136,7 @@ ODD_FILES = {
     endless: r"9\.png \(not a file\)",
     device: r"9\.png \(not a file\)",
     nowhere: r"9\.png \(.*No such file",
-    terabyte: r"9\.png \(1,099,511,627,776 bytes, needed at most",
+    terabyte: r"9\.png \(1,099,511,627,776 bytes, expected at most",
     loop: "val1/loop0: found a link to a folder that it is in",
 }
 
@@ -162,7 +162,7 @@ TREES = {
     "images beside folders": (good() | {"val/9.png": RED}, r"val/9\.png: found an image outside any class"),
     "a folder in a class": (good() | {"val/val0/more/1.png": RED}, "val0/more: a folder inside a class"),
     "one class": ({f"cat/{i}.png": RED for i in range(9)}, "expected at least 3, got 1 classes"),
-    "two classes": ({f"{c}/{i}.png": RED for c in "ab" for i in range(9)}, "found 2 classes"),
+    "two classes": ({f"{c}/{i}.png": RED for c in "ab" for i in range(9)}, "got 2 classes"),
 }
 
 

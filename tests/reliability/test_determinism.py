@@ -38,7 +38,7 @@ def assert_same_run(one: pathlib.Path, other: pathlib.Path, iterations: tuple[in
         assert_same_state(checkpoint(one, iteration), checkpoint(other, iteration))
     names = {path.name for path in one.iterdir() if path.is_file()}
     assert names == {path.name for path in other.iterdir() if path.is_file()} and "validation.csv" in names
-    for name in names - {"flags", "results.json"}:  # which name their own folder
+    for name in names - {"flags", "results.json", "cost.json"}:  # of their own folder and time
         assert (one / name).read_bytes() == (other / name).read_bytes(), name
     results = [json.loads((run / "results.json").read_text())[0]["results"] for run in (one, other)]
     assert results[0] == results[1]

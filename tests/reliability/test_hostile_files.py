@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from maml.datasets import miniimagenet, omniglot
+from maml.datasets.folder import load_photographs
 from maml.datasets.images import archives
 from maml.errors import UserError
 from tests import forked
@@ -55,7 +56,7 @@ def zip_bomb(path, size: int = LARGE, said: int | None = None, method: int = zip
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (dict(), r"bomb\.png \(268,435,457 bytes, needed at most 268,435,456\)"),
+        (dict(), r"bomb\.png \(268,435,457 bytes, expected at most 268,435,456\)"),
         (dict(said=1000), r"bomb\.png \(.*(CRC|not an image)"),
         (dict(method=zipfile.ZIP_BZIP2), r"bomb\.png \(packed by a method"),
         (dict(method=zipfile.ZIP_LZMA, size=1000), r"bomb\.png \(packed by a method"),
@@ -138,12 +139,12 @@ def test_what_cannot_be_read_to_its_end_is_a_bad_image(make, said, form, tmp_pat
         with pytest.raises(UserError, match=rf"val0/odd\.png \(.*{said}"):
             load(tmp_path / "set")
         return
-    folder = tmp_path / "mini" / "train" / "n00000001"
-    folder.mkdir(parents=True)
-    make(folder / "odd.png")
+    images = tmp_path / "mini" / "train" / "n00000001"
+    images.mkdir(parents=True)
+    make(images / "odd.png")
     source = miniimagenet.find([tmp_path / "mini"], {"train": {"n00000001": (1,)}})
     with pytest.raises(UserError, match=rf"odd\.png \(.*{said}"):
-        folder.load_photographs(source, 0, 84, decode=miniimagenet.decode)
+        load_photographs(source, 0, 84, decode=miniimagenet.decode)
 
 
 def test_a_folder_that_holds_itself_is_refused(tmp_path):
@@ -209,6 +210,6 @@ def test_a_prepared_folder_imports_nothing(number, tmp_path, monkeypatch):
     info = {"name": "omniglot", "version": "3.0.0", "fileFormat": "tfrecord", "moduleName": "x"}
     (folder / "dataset_info.json").write_text(json.dumps(info))
     (folder / "features.json").write_text(json.dumps(FOREIGN[number]).replace("MODULE", module))
-    with pytest.raises(UserError, match=r"features\.json: found the class .*it was not loaded"):
+    with pytest.raises(UserError, match=r"features\.json: .*got the class .*it was not loaded"):
         dict(omniglot.omniglot(tmp_path).splits)
     assert not (tmp_path / "was run").exists() and module not in sys.modules

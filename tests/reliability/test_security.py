@@ -5,6 +5,7 @@ What is trusted and what is not: docs/security.md.
 
 import ast
 import fnmatch
+import inspect
 import os
 import pathlib
 import pickle
@@ -20,6 +21,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import maml
 from maml.datasets import miniimagenet
 from maml.datasets.images import decode, pickles
 from maml.errors import UserError
@@ -81,6 +83,10 @@ def test_no_shell_and_nothing_that_runs_what_a_file_says():
     found = {str(path.relative_to(ROOT)): dangers(path.read_text(encoding="utf-8")) for path in OURS}
     # The one module that reads pickles, by its own table of names.
     assert set(found.pop("maml/datasets/images/pickles.py")) == {"import pickle"}
+    # A learner's Keras model is loaded in Keras' safe mode, unless its user says otherwise.
+    assert set(found.pop("maml/learners/saving.py")) == {"safe_mode=", "saving.load_model"}
+    assert set(found.pop("maml/learners/library.py")) == {"safe_mode="}
+    assert inspect.signature(maml.Learner.load).parameters["safe_mode"].default is True
     assert {path: what for path, what in found.items() if what} == {}
 
 
