@@ -220,9 +220,9 @@ def test_a_run_of_the_program_goes_on_in_python(tmp_path):
     x, y, query_x, _ = (field[0] for field in episode)
     needed = theirs.evaluate(episode, tf.constant(3)).predictions[0, 3]
     np.testing.assert_allclose(learner.adapt(x, y)(query_x), needed, rtol=1e-5, atol=1e-6)
-    with pytest.raises(UserError, match="expected a run folder .*, got none"):
+    with pytest.raises(UserError, match=r"expected a run folder .*, got none"):
         load_run(tmp_path)
-    with pytest.raises(UserError, match="found no such checkpoint"):
+    with pytest.raises(UserError, match="got no such checkpoint"):
         load_run(tmp_path / "model1")
 
 

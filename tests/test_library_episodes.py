@@ -121,7 +121,7 @@ def test_a_data_source_goes_on_where_training_was():
         (lambda x, y, *rest: ([[1, 2], [3]], y, *rest), "an episode that cannot be made arrays"),
         (
             lambda x, y, *rest: (x[:, :3], y, *rest),
-            "expected (None, 4) for 'mine', got support inputs (6, 3)",
+            "expected (None, 4) for 'mine', got support inputs",
         ),
         (lambda x, y, *rest: (x, y, x, y[:5]), "query inputs (6, 4) with targets (5,)"),
         (lambda x, y, *rest: (x[:0], y[:0], *rest), "support inputs (0, 4) with targets (0,)"),
@@ -150,13 +150,13 @@ def test_targets_are_of_the_outputs_shape():
 def test_other_mistakes_are_told():
     learner = Learner(network("functional"), LOGITS, inner_lr=0.1)
     task = episodes("functional")[0]
-    with pytest.raises(UserError, match="Sinusoid draws episodes of any size: expected .* got spec=None"):
+    with pytest.raises(UserError, match=r"Sinusoid draws episodes of any size: expected .* got spec=None"):
         learner.fit(Sinusoid(), iterations=1)
     with pytest.raises(UserError, match=r"one of train, val, test, got .* and split='training'"):
         learner.fit(Sinusoid(), iterations=1, spec=EpisodeSpec(1, 5, 5, 0), split="training")
     with pytest.raises(UserError, match=r"expected \(None, 4\) .*, got support inputs \(5, 1\)"):
         learner.evaluate(Sinusoid(), tasks=1, spec=EpisodeSpec(1, 5, 5, 0))
-    with pytest.raises(UserError, match="episodes: expected a list, got int"):
+    with pytest.raises(UserError, match=r"episodes: expected a list .*, got int"):
         learner.fit(7, iterations=1)
     with pytest.raises(UserError, match=r"expected iterations to be .* got 1000\.0"):
         learner.fit([task], iterations=1e3)

@@ -379,7 +379,7 @@ def test_a_missing_folder_or_odd_file_is_refused(tmp_path):
     with pytest.raises(UserError, match="not found"):
         load(tmp_path / "nowhere")
     (tmp_path / "set.rar").write_bytes(b"x")
-    with pytest.raises(UserError, match=r"is a file; needed a folder, or a \.tar"):
+    with pytest.raises(UserError, match=r"is a file; expected a folder, or a \.tar"):
         load(tmp_path / "set.rar")
     (tmp_path / "set.tar").write_bytes(b"x" * 2000)
     with pytest.raises(UserError, match="unreadable archive"):

@@ -23,9 +23,9 @@ def copy_of(model: keras.Model) -> keras.Model:
                 return _cloned(model)
     except (NotImplementedError, TypeError, ValueError) as error:
         raise UserError(
-            f"{model.name!r} cannot be copied, as `adapt` does. Add to {type(model).__name__}, or to the layers "
-            "of your own in it, an __init__ that hands **kwargs on to super().__init__, and a get_config "
-            "with its other arguments."
+            f"{model.name!r} cannot be copied, as `adapt` does. Add to {type(model).__name__}, or to the "
+            "layers of your own in it, an __init__ that hands **kwargs on to super().__init__, and a "
+            "get_config with its other arguments."
         ) from error
 
 
