@@ -69,7 +69,7 @@ setuptools.setup(
     install_requires=[
         "absl-py>=2",
         "filelock>=3.20.1",
-        "importlib_resources>=6",  # tensorflow-datasets 4.9.10 uses it without asking for it
+        "importlib_resources>=6",  # tensorflow-datasets uses it without asking for it
         "keras>=3.12",
         "matplotlib>=3.8",
         "numpy>=1.26",

@@ -185,7 +185,7 @@ def test_the_text_cards_have_the_command_and_the_protocol(trained, monkeypatch, 
     monkeypatch.setattr("sys.argv", ["main.py", "--logdir=/some/where", "--seed=3"])
     run = begun(tmp_path, "--seed=3")[3]
     (card,) = (point.value.decode() for point in shown(run.dir / "train") if point.tag == "run")
-    assert "`python main.py --seed=3`" in card  # the folder differs from machine to machine
+    assert "`maml --seed=3`" in card  # the folder differs from machine to machine
     assert f"| iterations | {LAST} " in card and "| seed | 3 " in card and "this machine" in card
     assert f"tensorflow {tf.__version__}" in card
     entry = evaluated(trained)

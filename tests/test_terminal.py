@@ -244,7 +244,7 @@ def test_a_training_without_a_reader_saves_and_ends(tmp_path):
         [sys.executable, "main.py", f"--logdir={tmp_path}", *flags], cwd=ROOT, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     ) as process:  # fmt: skip
-        head = [process.stdout.readline() for _ in range(6)]
+        head = [process.stdout.readline() for _ in range(8)]
         process.stdout.close()
         said = process.stderr.read()
         assert process.wait(120) == 141, said
