@@ -133,7 +133,7 @@ def test_the_run_folder_is_named_by_what_differs_from_the_original():
         (): "",
         ("--meta_optimizer=adam", "--network=mlp", "--learner=maml"): "",
         ("--learner=reptile",): ".reptile",
-        (f"--learner={TOY}", "--rounds=3"): ".toy_learner-Damped",
+        (f"--learner={TOY}", "--rounds=3"): ".toy_learner-Damped.rounds3",
         ("--meta_optimizer=sgd",): ".sgd",
         ("--meta_schedule=linear",): ".linear",
         ("--learner=reptile", "--meta_optimizer=adam", "--meta_schedule=cosine"): ".reptile.adam.cosine",
@@ -184,11 +184,13 @@ def test_interrupted_and_resumed_a_run_is_the_same_to_the_bit(flags, tmp_path):
     assert float(phase.outer.optimizer.learning_rate) == pytest.approx(0, abs=1e-9)
 
 
-def test_a_run_of_other_flags_of_its_own_or_a_schedule_of_other_length_is_not_resumed(tmp_path):
+def test_a_run_of_other_flags_of_its_own_has_its_own_folder_and_a_schedule_of_other_length_is_not_resumed(
+    tmp_path,
+):
     flags = (f"--learner={TOY}", "--meta_schedule=linear")
     trained(tmp_path, 100, *flags, "--rounds=3")
-    with pytest.raises(UserError, match="--rounds: 3 there, 4 here"):
-        trained(tmp_path, 100, *flags, "--rounds=4")
+    trained(tmp_path, 100, *flags, "--rounds=4")
+    assert len(list(tmp_path.iterdir())) == 2
     with pytest.raises(UserError, match="--metatrain_iterations: 100 there, 200 here"):
         trained(tmp_path, 200, *flags, "--rounds=3")
 

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import pathlib
+import re
 import shutil
 from collections.abc import Iterator, Sequence
 
@@ -156,9 +157,10 @@ def _protocol(entry: dict, seeds: int) -> str:
 
 def _command(job: Job, entry: dict) -> str:
     """The command of the result: the job's, unless another length of training is shown instead."""
+    command = re.sub(r"--data_dir=\S*/", "--data_dir=DIR/", job.command)  # of this machine
     if entry["trained_iterations"] == job.settings.iterations:
-        return job.command
-    return f"{job.command} --metatrain_iterations={entry['trained_iterations']}"
+        return command
+    return f"{command} --metatrain_iterations={entry['trained_iterations']}"
 
 
 def _machines(outcomes: Sequence[Outcome]) -> list[str]:

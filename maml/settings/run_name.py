@@ -5,7 +5,7 @@ import pathlib
 import re
 from typing import TYPE_CHECKING
 
-from maml.settings.own import DEFAULT_LEARNER
+from maml.settings.own import DEFAULT_LEARNER, flags_of
 
 if TYPE_CHECKING:
     from maml.settings.settings import Settings
@@ -24,7 +24,7 @@ def run_name(settings: "Settings") -> str:
     name += "maxpool" if settings.max_pool else ""
     name += "stopgrad" if settings.stop_grad else ""
     name += (settings.baseline or "") + NORMS[settings.norm]
-    return name + "".join(f".{part}" for part in _parts(settings) if part)
+    return name + "".join(f".{part}" for part in [*_parts(settings), *_own_parts(settings)] if part)
 
 
 def _parts(settings: "Settings") -> list[str | None]:
@@ -56,6 +56,18 @@ def _parts(settings: "Settings") -> list[str | None]:
         f"img{settings.img_size}" if settings.img_size != data.side else None,
         start,
         f"seed{settings.seed}" if settings.seed else None,
+    ]
+
+
+def _own_parts(settings: "Settings") -> list[str]:
+    """The learner's own flags that are not the paper's, but for those of testing alone."""
+    usual = {
+        flag.name: flag.paper.get(settings.datasource, flag.default) for flag in flags_of(settings.learner)
+    }
+    return [
+        f"{name}{_part(str(value))}"
+        for name, value in settings.own.items()
+        if not name.startswith(("test_", "eval_")) and value != usual.get(name, value)
     ]
 
 
