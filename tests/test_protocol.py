@@ -138,9 +138,9 @@ def test_a_folder_that_is_no_run_or_has_another_name_is_refused(sinusoid, tmp_pa
     renamed = tmp_path / "mine"
     renamed.mkdir()
     shutil.copy(sinusoid / "flags", renamed)
-    with pytest.raises(UserError, match=f"named mine, expected {re.escape(SINUSOID)}"):
+    with pytest.raises(UserError, match=f"expected a run folder named {re.escape(SINUSOID)}, .* got mine"):
         load.test_settings(renamed, [])
-    with pytest.raises(UserError, match=r"needed cls_5\.mbs_9"):
+    with pytest.raises(UserError, match=r"named cls_5\.mbs_9"):
         load.test_settings(sinusoid, ["--meta_batch_size=9"])
 
 

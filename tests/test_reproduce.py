@@ -141,7 +141,10 @@ def test_a_smaller_scale_shows_the_longer_run_where_it_has_no_checkpoint(reprodu
 
 def test_bad_requests_are_refused(tmp_path):
     assert "expected cells (sinusoid_5shot," in run(tmp_path, "sinusoid", expect=2).stderr
-    assert "expected more than 0" in run(tmp_path, "sinusoid_5shot", "--scale=0", expect=2).stderr
+    assert (
+        "expected a number above 0 and at most 1"
+        in run(tmp_path, "sinusoid_5shot", "--scale=0", expect=2).stderr
+    )
 
 
 def test_differences():
