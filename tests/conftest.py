@@ -43,3 +43,16 @@ def data_dir() -> pathlib.Path:
     if not folder or not (pathlib.Path(folder) / "omniglot").is_dir():
         pytest.skip("MAML_DATA_DIR is not set: skipped the tests on real Omniglot images")
     return pathlib.Path(folder)
+
+
+@pytest.fixture
+def float64():
+    """Keras' defaults in float64."""
+    import keras  # here, since few tests need it at their start
+
+    before = keras.config.floatx(), keras.config.dtype_policy()
+    keras.config.set_floatx("float64")
+    keras.config.set_dtype_policy("float64")
+    yield
+    keras.config.set_floatx(before[0])
+    keras.config.set_dtype_policy(before[1])

@@ -97,16 +97,6 @@ class Attention(L.MultiHeadAttention):
         return keras.KerasTensor(x.shape, self.compute_dtype)
 
 
-@pytest.fixture
-def float64():
-    before = keras.config.floatx(), keras.config.dtype_policy()
-    keras.config.set_floatx("float64")
-    keras.config.set_dtype_policy("float64")
-    yield
-    keras.config.set_floatx(before[0])
-    keras.config.set_dtype_policy(before[1])
-
-
 def takes_words(kind: str) -> bool:
     return len(ALL[kind][0]) == 1 and ALL[kind][0][0] == 3
 

@@ -12,10 +12,11 @@ from maml.reports.published import of_learner
 from maml.runs import build, results
 from maml.runs.data import load_data
 from maml.runs.files import csv_text, write_whole
-from maml.runs.folder import Run
+from maml.runs.load import trained
+from maml.runs.train import measured
 from maml.settings.jobs import Job
 from maml.training import devices
-from maml.training.evaluate import SHOWN, measure_tasks, series
+from maml.training.evaluate import SHOWN, series
 
 COLUMNS = ("learner", "after steps", "", "difference to the first", "iterations", "weights")
 COSTS = ("ms/iteration", "GB", "paper")
@@ -70,27 +71,12 @@ def _measured(job: Job) -> Row:
     """The checkpoint that the settings choose, on the first test tasks of the seed."""
     settings = job.settings
     data = load_data(settings)
-    spec = build.test_spec(settings)
-    shape = data.sample(spec, settings.split, np.zeros(1, np.int64)).support_x.shape[2:]
-    network = build.build_network(settings, shape)
-    phases = build.build_training(settings, network)
-    run = Run(settings, phases)
-    run.restore()
-    algorithm = phases[-1].outer.algorithm
-    result = measure_tasks(
-        algorithm,
-        data,
-        spec,
-        settings.split,
-        tasks=settings.num_test_tasks,
-        steps=settings.tested_steps,
-        transductive=settings.transductive,
-        progress=True,
-    )
-    cost = results.read_cost(run.dir)
+    algorithm, iteration = trained(settings, from_run=True)
+    result = measured(algorithm, data, settings, progress=True)
+    cost = results.read_cost(settings.run_dir)
     return Row(
         job,
-        int(run.iteration),
+        iteration,
         result.query[result.measure][:, settings.tested_steps],
         settings.tested_steps,
         sum(int(np.prod(variable.shape)) for variable in algorithm.variables),

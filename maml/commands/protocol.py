@@ -13,6 +13,7 @@ from maml.errors import UserError
 from maml.runs import build, files, results
 from maml.runs.data import first_episode, load_data
 from maml.runs.folder import Run
+from maml.runs.train import measured
 from maml.settings.settings import CHECKPOINTS, Settings
 from maml.training import devices, evaluate
 from maml.training.evaluate import TestResult, series
@@ -160,15 +161,15 @@ def line(variant: Variant, result: TestResult) -> str:
     )
 
 
-def as_csv(measured: list[tuple[Variant, TestResult]], device: str) -> str:
+def as_csv(tested: list[tuple[Variant, TestResult]], device: str) -> str:
     """One row per protocol and step 0…n, each with the complete protocol; all on the query sets.
 
     Args:
-        measured: the protocols and what was found under them, at least one.
+        tested: the protocols and what was found under them, at least one.
         device: what it ran on, in words.
     """
     rows = []
-    for (settings, iteration, checkpoint), result in measured:
+    for (settings, iteration, checkpoint), result in tested:
         for tasks in task_counts(settings):
             protocol = results.protocol(settings) | {"checkpoint": checkpoint, "tasks": tasks}
             found = series(result.query[result.measure][:tasks])
@@ -204,23 +205,15 @@ def measure(settings: Settings) -> None:
     todo = variants(settings, checkpoints(settings, phases), queries)
 
     print(head(settings), flush=True)
-    measured = []
+    tested = []
     total = len(todo) * settings.num_test_tasks
     with tqdm(total=total, desc="testing", unit="task", disable=None, leave=False) as bar:
         for variant in todo:
             Run(variant.settings, phases).restore()
-            result = evaluate.measure_tasks(
-                phases[-1].outer.algorithm,
-                _Counted(data, bar),
-                build.test_spec(variant.settings),
-                settings.split,
-                tasks=settings.num_test_tasks,
-                steps=settings.tested_steps,
-                transductive=variant.settings.transductive,
-            )
-            measured.append((variant, result))
+            result = measured(phases[-1].outer.algorithm, _Counted(data, bar), variant.settings)
+            tested.append((variant, result))
             bar.clear()
             print(line(variant, result), flush=True)
     path = settings.run_dir / f"protocol_{settings.split}.csv"
-    files.write_whole(path, as_csv(measured, device))
+    files.write_whole(path, as_csv(tested, device))
     print(f"wrote {path}")

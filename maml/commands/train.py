@@ -15,7 +15,7 @@ from maml.runs.data import first_episode, load_data
 from maml.runs.folder import Run
 from maml.settings.own import DEFAULT_LEARNER
 from maml.settings.settings import RANDOM, Settings
-from maml.training import devices, evaluate
+from maml.training import devices
 from maml.training.progress import WINDOW
 
 
@@ -66,24 +66,16 @@ def _train_and_test(settings: Settings, machine: devices.Machine) -> None:
 
 
 def _test(settings: Settings, learner: Algorithm, data: EpisodeSource, folder: Run, device: str) -> None:
-    iteration, spec = int(folder.iteration), build.test_spec(settings)
+    iteration = int(folder.iteration)
     steps = f", {settings.tested_steps} steps each" * bool(settings.tested_steps)
     print(f"testing iteration {iteration} on {settings.num_test_tasks} tasks{steps}", flush=True)
-    result = evaluate.measure_tasks(
-        learner,
-        data,
-        spec,
-        settings.split,
-        tasks=settings.num_test_tasks,
-        steps=settings.tested_steps,
-        transductive=settings.transductive,
-        progress=True,
-    )
+    result = training.measured(learner, data, settings, progress=True)
     print(f"\n{test_table.table(result, settings, iteration)}\n")
     with folder.writing("write the results"):
         written = [results.write(settings, result, iteration, device).name, "results.json"]
         if not settings.classification:
             picture = folder.dir / "fits.png"
+            spec = build.test_spec(settings)
             sinusoid_fits.sinusoid_fits(picture, learner, data, spec, steps=settings.tested_steps)
             written.append(picture.name)
     tensorboard.show_tests(folder)

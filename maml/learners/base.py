@@ -117,6 +117,11 @@ class Algorithm:
         return dict(settings.own)
 
     @classmethod
+    def own_flags(cls, settings: "Settings") -> dict[str, object]:
+        """{name: value} of all its own flags, of the default where the settings have none."""
+        return {flag.name: flag.default for flag in cls.flags} | dict(settings.own)
+
+    @classmethod
     def loss_function(cls, settings: "Settings") -> LossFunction:
         """The loss of a task: the original's two."""
         return cross_entropy(settings.update_batch_size) if settings.classification else mean_squared_error

@@ -150,7 +150,7 @@ class MamlPlusPlus(Maml):
     @classmethod
     def network_options(cls, settings: "Settings") -> dict[str, object]:
         """The authors' network: leaky ReLU, max-pooling and a flattened map on both data sets."""
-        own = cls._own(settings)
+        own = cls.own_flags(settings)
         options: dict[str, object] = {"negative_slope": 0.01, "max_pool": True, "flatten": True}
         if settings.norm == "batch_norm":
             options["norm"] = functools.partial(
@@ -164,13 +164,9 @@ class MamlPlusPlus(Maml):
     @classmethod
     def meta_optimizer(cls, settings: "Settings") -> TorchAdam:
         """PyTorch's Adam, with CA."""
-        own = cls._own(settings)
+        own = cls.own_flags(settings)
         last = own["min_lr"] if own["ca"] else settings.meta_lr
         return TorchAdam(CosineByEpoch(settings.meta_lr, last, own["total_epochs"], own["iters_per_epoch"]))
-
-    @classmethod
-    def _own(cls, settings: "Settings") -> dict[str, object]:
-        return {flag.name: flag.default for flag in cls.flags} | dict(settings.own)
 
     def epoch(self) -> tf.Tensor:
         """The epoch of the present iteration, from 0 on, int64."""

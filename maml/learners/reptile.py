@@ -162,7 +162,7 @@ class Reptile(Algorithm):
     @classmethod
     def meta_optimizer(cls, settings: "Settings") -> keras.optimizers.Optimizer:
         """See `outer_optimizer`."""
-        values = {flag.name: flag.default for flag in cls.flags} | dict(settings.own)
+        values = cls.own_flags(settings)
         return cls.outer_optimizer(values["meta_step"], values["meta_step_final"], settings.iterations)
 
     @staticmethod

@@ -7,6 +7,7 @@ import numpy as np
 
 from maml.episodes import EpisodeSource, EpisodeSpec
 from maml.errors import Failure, UserError
+from maml.learners.base import Algorithm
 from maml.learners.losses import per_example
 from maml.process import put_off_interruption
 from maml.runs.build import test_spec, train_spec
@@ -65,15 +66,7 @@ def train(
     validating = run.chief and _can_validate(data, settings)
 
     def validate() -> str:
-        result = measure_tasks(
-            algorithm,
-            data,
-            test_spec(settings),
-            "val",
-            tasks=VALIDATION_TASKS,
-            steps=settings.tested_steps,
-            transductive=settings.transductive,
-        )
+        result = measured(algorithm, data, settings, split="val", tasks=VALIDATION_TASKS)
         watcher.validated(result)
         run.record_validation(validation_row(result))
         return _validation_line(settings, result, int(run.iteration))
@@ -128,6 +121,28 @@ def train(
             write_cost(run.dir, each)
     if iteration > first_iteration:
         print(f"training waited for data {blocks.seconds / progress.seconds():.2%} of the time", flush=True)
+
+
+def measured(
+    algorithm: Algorithm,
+    data: EpisodeSource,
+    settings: Settings,
+    *,
+    split: str | None = None,
+    tasks: int | None = None,
+    progress: bool = False,
+) -> TestResult:
+    """The test that the settings ask for, or on the first tasks of another split, or on more or fewer."""
+    return measure_tasks(
+        algorithm,
+        data,
+        test_spec(settings),
+        split or settings.split,
+        tasks=tasks or settings.num_test_tasks,
+        steps=settings.tested_steps,
+        transductive=settings.transductive,
+        progress=progress,
+    )
 
 
 def _per_example(phase: Phase, spec: EpisodeSpec) -> PerExample:

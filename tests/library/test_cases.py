@@ -126,16 +126,6 @@ CASES: dict[str, Case] = {
 }
 
 
-@pytest.fixture
-def float64():
-    before = keras.config.floatx(), keras.config.dtype_policy()
-    keras.config.set_floatx("float64")
-    keras.config.set_dtype_policy("float64")
-    yield
-    keras.config.set_floatx(before[0])
-    keras.config.set_dtype_policy(before[1])
-
-
 def compared(case: Case) -> tuple[dict[str, float], dict[str, float]]:
     """{figure: value} of the library, and of the oracle."""
     keras.utils.set_random_seed(3)
