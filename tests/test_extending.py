@@ -152,7 +152,9 @@ def test_a_row_in_each_table_is_all_it_takes(tmp_path, monkeypatch):
     flags = ("--datasource=toy_set", "--learner=toy_learner", "--toy_factor=0.5", "--update_lr=0.5")
     settings, run = trained(tmp_path, *flags)
     assert settings.network == "toy" and settings.input_shape == (8, 8, 3)
-    assert settings.run_name == ("cls_5.mbs_2.ubs_1.numstep1.updatelr0.5hidden8batchnorm.toy_learner.toy_set")
+    assert settings.run_name == (
+        "cls_5.mbs_2.ubs_1.numstep1.updatelr0.5hidden8batchnorm.toy_learner.toy_set.toy_factor0-5"
+    )
     network = build.build_network(settings, (8, 8, 3))
     assert [tuple(v.shape) for v in network.trainable_variables] == [(192, 12), (12,), (12, 5), (5,)]
     algorithm = build.build_training(settings, network)[-1].outer.algorithm
