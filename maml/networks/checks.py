@@ -30,7 +30,7 @@ PROVEN = BATCHED | OURS | {getattr(keras.layers, name) for name in _PROVEN.split
 _FUNCTIONS = ("activation", "recurrent_activation", "activity_regularizer")
 
 
-def check_model(model: keras.Model, second_order: bool, constraints: bool = True) -> None:
+def check_model(model: keras.Model, second_order: bool, constrains: bool = True) -> None:
     """Raises UserError for what would fail or, worse, be silently wrong.
 
     Keras' norms stop a gradient inside the variance, which second derivatives need (see
@@ -40,14 +40,14 @@ def check_model(model: keras.Model, second_order: bool, constraints: bool = True
     Args:
         model: to check.
         second_order: whether the algorithm takes second derivatives.
-        constraints: whether its inner loop applies constraints of weights.
+        constrains: whether its inner steps keep weights within their constraints.
     """
     check_built(model)
     for layer in model._flatten_layers(include_self=False):
         if objection := _objection(layer, second_order):
             raise UserError(f"layer {layer.name!r}, {type(layer).__name__}, {objection}")
     for variable in model.trainable_variables:
-        if not constraints and variable.constraint is not None:
+        if not constrains and variable.constraint is not None:
             raise UserError(
                 f"{variable.path} has a constraint, which the inner loop of this algorithm does not apply. "
                 f"Leave it out, or use algorithm='maml'."
@@ -95,8 +95,8 @@ def _objection(layer: keras.layers.Layer, second_order: bool) -> str | None:
     wrong = "has a wrong second derivative in TensorFlow, and meta-gradients with it."
     if isinstance(layer, layers.BatchNormalization) and layer.trainable:
         return (
-            f"{wrong} Use maml.BatchNorm, give swap_norms=True to have maml.MovingBatchNorm put in its place, "
-            f"or freeze the layer (trainable = False), so that it normalizes by its moving statistics."
+            f"{wrong} Use maml.BatchNorm, give swap_norms=True to have maml.MovingBatchNorm put in its "
+            f"place, or freeze the layer (trainable = False), so that it normalizes by its moving statistics."
         )
     if isinstance(layer, layers.SpectralNormalization) or getattr(layer, "stateful", False):
         return (

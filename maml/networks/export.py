@@ -13,8 +13,9 @@ Layer = keras.layers.Layer
 def plain(model: keras.Model) -> keras.Model:
     """A copy of an adapted model that computes the same in inference, of Keras' own layers alone.
 
-    `maml.BatchNorm` and `maml.MovingBatchNorm` become BatchNormalization with the statistics they keep, `maml.LayerNormalization`
-    its namesake, `maml.LayerNorm` a LayerNormalization over all axes of an example, `MaxPool` MaxPooling2D.
+    `maml.BatchNorm` and `maml.MovingBatchNorm` become BatchNormalization with the statistics they keep,
+    `maml.LayerNormalization` its namesake, `maml.LayerNorm` a LayerNormalization over all axes of an
+    example, `MaxPool` MaxPooling2D.
 
     Args:
         model: Sequential or functional, as `Learner.adapt` returns it.

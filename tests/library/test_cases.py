@@ -71,6 +71,35 @@ CASES: dict[str, Case] = {
         lambda: keras.losses.SparseCategoricalCrossentropy(from_logits=True, ignore_class=255),
         IGNORED,
     ),
+    "mask, loss summed": Case(
+        lambda: models.masked(L.Dense(3, "tanh")),
+        lambda: keras.losses.SparseCategoricalCrossentropy(True, reduction="sum"),
+        SEQUENCES,
+    ),
+    "mask, both directions": Case(
+        lambda: models.masked(L.Bidirectional(L.SimpleRNN(2, return_sequences=True))), LOGITS, SEQUENCES
+    ),
+    "mask, attention": Case(models.attentive, LOGITS, SEQUENCES),
+    "mask, custom class": Case(lambda: models.built(models.Reads(), SEQUENCES[0]), LOGITS, SEQUENCES),
+    "regularized layer called twice": Case(models.twice_penalized, LOGITS, LABELS),
+    "regularized embedding": Case(models.regularized_words, LOGITS, SEQUENCES),
+    "frozen layer with a regularizer": Case(
+        lambda: models.dense(L.Dense(4, kernel_regularizer="l2", trainable=False)), LOGITS, LABELS
+    ),
+    "constraints of all weights, three steps": Case(
+        models.constrained_everywhere, LOGITS, LABELS, {"inner_steps": 3}
+    ),
+    "layer in two models": Case(models.tied, LOGITS, LABELS),
+    "Discretization().adapt": Case(models.discretized, LOGITS, LABELS),
+    "means over all axes": Case(
+        lambda: models.dense(outputs=2), lambda: "log_cosh", models.episode(targets=(2,))
+    ),
+    "cosine similarity": Case(
+        lambda: models.dense(outputs=2), keras.losses.CosineSimilarity, models.episode(targets=(2,))
+    ),
+    "hinge": Case(lambda: models.dense(outputs=1), lambda: "hinge", BINARY),
+    "focal": Case(models.dense, lambda: keras.losses.CategoricalFocalCrossentropy(from_logits=True), ONE_HOT),
+    "Kullback–Leibler": Case(lambda: models.dense(activation="softmax"), lambda: "kl_divergence", ONE_HOT),
     "Normalization().adapt": Case(models.normalized, LOGITS, LABELS),
     "state outside variables": Case(models.kept_outside, LOGITS, LABELS),
     "frozen layers": Case(models.frozen, LOGITS, LABELS),
