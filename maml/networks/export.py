@@ -5,7 +5,7 @@ import numpy as np
 
 from maml.errors import UserError
 from maml.networks.copies import is_graph, not_compiled
-from maml.networks.layers import BatchNorm, LayerNorm, LayerNormalization, MaxPool
+from maml.networks.layers import BatchNorm, LayerNorm, LayerNormalization, MaxPool, MovingBatchNorm
 
 Layer = keras.layers.Layer
 
@@ -13,7 +13,7 @@ Layer = keras.layers.Layer
 def plain(model: keras.Model) -> keras.Model:
     """A copy of an adapted model that computes the same in inference, of Keras' own layers alone.
 
-    `maml.BatchNorm` becomes BatchNormalization with the statistics that it keeps, `maml.LayerNormalization`
+    `maml.BatchNorm` and `maml.MovingBatchNorm` become BatchNormalization with the statistics they keep, `maml.LayerNormalization`
     its namesake, `maml.LayerNorm` a LayerNormalization over all axes of an example, `MaxPool` MaxPooling2D.
 
     Args:
@@ -40,6 +40,7 @@ def plain(model: keras.Model) -> keras.Model:
         copy = keras.models.clone_model(model, clone_function=own, recursive=True)
     for layer, other in pairs:
         other.set_weights(_plain_weights(layer, other))
+    copy(copy.inputs)  # Keras writes ONNX of models alone that were called
     return copy
 
 
@@ -47,6 +48,11 @@ def _plain_layer(layer: Layer) -> Layer:
     common = dict(name=layer.name, dtype=layer.dtype_policy.name)
     if isinstance(layer, BatchNorm):
         return keras.layers.BatchNormalization(epsilon=layer.epsilon, scale=False, **common)
+    if isinstance(layer, MovingBatchNorm):
+        scales = dict(center=layer.center, scale=layer.scale)
+        return keras.layers.BatchNormalization(
+            momentum=layer.momentum, epsilon=layer.epsilon, **scales, **common
+        )
     if isinstance(layer, LayerNormalization):
         config = layer.get_config()
         return keras.layers.LayerNormalization.from_config(config)
