@@ -17,9 +17,10 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.plugins.image.metadata import create_summary_metadata
 from tensorboard.plugins.scalar.summary_v2 import scalar_pb
 
+from maml import tables
 from maml.episodes import Episode
 from maml.errors import Failure, UserError
-from maml.runs import events, original
+from maml.runs import events, original, shipped
 from maml.runs.files import csv_text, saved_iterations, tag, validations, write_whole
 from maml.settings.settings import Settings, as_flagfile, parse, read_flagfile
 from maml.training.loop import METATRAIN, PRETRAIN, Phase
@@ -296,6 +297,9 @@ class Run:
         Raises:
             UserError: if they are not there, or those of another network.
         """
+        if self.settings.init_from in tables.shipped():
+            shipped.load(network, tables.weights("--init_from", self.settings.init_from))
+            return
         path = pathlib.Path(self.settings.init_from)
         if path.is_dir():
             there = saved_iterations(path)
@@ -319,7 +323,7 @@ class Run:
         """A run folder may only be resumed under the settings it was begun with."""
         try:
             # By way of the settings, so that a flag newer than the run has its default.
-            before = read_flagfile(as_flagfile(parse([f"--flagfile={self.dir / 'flags'}"])))
+            before = read_flagfile(as_flagfile(parse([f"--flagfile={self.dir / 'flags'}", "--train=False"])))
         except UserError as error:
             raise UserError(
                 f"{self.dir / 'flags'}: missing or damaged ({error}), expected to tell what the run is. "

@@ -5,6 +5,7 @@ import pathlib
 import re
 from typing import TYPE_CHECKING
 
+from maml import tables
 from maml.settings.own import DEFAULT_LEARNER, flags_of
 
 if TYPE_CHECKING:
@@ -32,6 +33,8 @@ def _parts(settings: "Settings") -> list[str | None]:
     data, start = settings.dataset, None
     if settings.init_from == RANDOM:
         start = "from-random"
+    elif settings.init_from in tables.shipped():
+        start = f"from-{settings.init_from}"
     elif settings.init_from:
         where = str(pathlib.Path(settings.init_from).resolve())
         start = f"from-{hashlib.sha256(where.encode()).hexdigest()[:8]}"

@@ -98,9 +98,9 @@ class Settings:
     init_from: str | None = option(
         NETWORK,
         None,
-        "weights to begin with, of a run or a checkpoint; or 'random'\n\n"
+        "weights to begin with: a run, a checkpoint, a name of `maml list weights`, or 'random'\n\n"
         "The newest checkpoint of a run folder, or one by its name, the original's too; 'random' for fresh "
-        "ones, to test them with --metatrain_iterations=0.",
+        "ones. With --metatrain_iterations=0 they are tested as they are.",
     )
 
     update_lr: float = option(
