@@ -12,6 +12,9 @@ from maml.settings import jobs
 from maml.settings.own import DEFAULT_LEARNER
 from maml.settings.settings import FLAGS, Settings, resolve
 
+# Flags that decide on which episodes a run is tested. Some papers have values of their own for them.
+EPISODES = ("num_classes", "update_batch_size", "test_num_query", "num_test_tasks", "seed")
+
 
 def train(_: list[str]) -> tuple[Settings, dict[str, object]]:
     """The settings, and those of them that the paper gives."""
@@ -36,7 +39,11 @@ def show_episodes(_: list[str]) -> tuple[Settings, pathlib.Path, int]:
 
 
 def compare(_: list[str]) -> tuple[list[jobs.Job], str, pathlib.Path]:
-    """A run for each learner, the name of the comparison, and the folder to write to."""
+    """A run for each learner, the name of the comparison, and the folder to write to.
+
+    All are tested on the episodes of the first: as the flags say or, where they do not, the first learner's
+    paper. Ways, shots and queries of training stay each learner's own.
+    """
     learners = [name.strip() for name in FLAGS.learners.split(",")]
     if len(learners) < 2 or len(set(learners)) < len(learners) or FLAGS.learner != DEFAULT_LEARNER:
         raise UserError(
@@ -46,6 +53,10 @@ def compare(_: list[str]) -> tuple[list[jobs.Job], str, pathlib.Path]:
     shared = jobs.given_flags(but=("learner",))
     compared = [jobs.job([*shared, f"--learner={name}"]) for name in learners]
     first = compared[0].settings
+    for place, other in enumerate(compared):
+        differing = [name for name in EPISODES if vars(other.settings)[name] != vars(first)[name]]
+        same = [f"--{name}={vars(first)[name]}" for name in differing]
+        compared[place] = jobs.job([*other.arguments, *same])
     shot = f"{first.update_batch_size}shot"
     task = f"{first.num_classes}way_{shot}" if first.classification else shot
     name = FLAGS.name or f"{first.datasource.replace(':', '_').replace('/', '_')}_{task}"

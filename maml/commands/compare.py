@@ -5,21 +5,24 @@ import pathlib
 from typing import NamedTuple
 
 import numpy as np
+import tensorflow as tf
 
 from maml.commands import launch
 from maml.errors import UserError
 from maml.reports.published import of_learner
+from maml.reports.sinusoid_fits import Trained, sinusoid_fits
 from maml.runs import build, results
-from maml.runs.data import load_data
+from maml.runs.data import input_shape, load_data
 from maml.runs.files import csv_text, write_whole
 from maml.runs.load import trained
 from maml.runs.train import measured
 from maml.settings.jobs import Job
+from maml.settings.settings import Settings
 from maml.training import devices
 from maml.training.evaluate import SHOWN, series
 
 COLUMNS = ("learner", "after steps", "", "difference to the first", "iterations", "weights")
-COSTS = ("ms/iteration", "GB", "paper")
+COSTS = ("s/iteration", "GB", "paper")
 
 
 class Row(NamedTuple):
@@ -31,7 +34,9 @@ class Row(NamedTuple):
         values: of the measure on each test task, [tasks], after the inner steps of the test.
         steps: these.
         weights: meta-learned numbers.
-        seconds, memory: per iteration, and the peak in bytes; None where it was trained without this record.
+        seconds, memory: per iteration, and the peak in bytes of the process that trained it; None where
+            there is no such record.
+        fitted: what draws its fits, of a regression.
     """
 
     job: Job
@@ -41,6 +46,7 @@ class Row(NamedTuple):
     weights: int
     seconds: float | None
     memory: int | None
+    fitted: Trained
 
 
 def compare(asked: tuple[list[Job], str, pathlib.Path]) -> None:
@@ -50,26 +56,47 @@ def compare(asked: tuple[list[Job], str, pathlib.Path]) -> None:
         asked: a run of each learner, the first the one to compare with; the name; the folder to write to.
 
     Raises:
-        UserError: if a run cannot be trained, or two are not tested on the same episodes.
+        UserError: if a run cannot be trained. What can be known of it before is, before the first.
     """
     jobs, name, folder = asked
+    # Each learner and its figure are traced once: no news to anybody.
+    tf.get_logger().setLevel("ERROR")
+    device = devices.use(dataclasses.replace(jobs[0].settings, train=False)).description
+    for job in jobs:
+        if results.find(job.settings) is None:
+            _check(job.settings)
     for job in jobs:
         launch.result(job, f"{job.settings.learner}: {job.settings.datasource} {job.settings.task}")
-    device = devices.use(dataclasses.replace(jobs[0].settings, train=False)).description
     rows = [_measured(job) for job in jobs]
-    if len({(len(row.values), build.test_spec(row.job.settings)) for row in rows}) > 1:
-        raise UserError("expected the same test episodes for all learners, got runs of other ways or shots.")
     page = _page(name, rows, device)
     print(f"\n{page}")
     folder.mkdir(parents=True, exist_ok=True)
     write_whole(folder / f"{name}.md", page + "\n")
     write_whole(folder / f"{name}.csv", csv_text([_csv_row(row, rows[0]) for row in rows]))
-    print(f"wrote {name}.md, {name}.csv in {folder}")
+    written = [f"{name}.md", f"{name}.csv"]
+    if not jobs[0].settings.classification:
+        fitted = {row.job.settings.learner: row.fitted for row in rows}
+        sinusoid_fits(folder / f"{name}.png", fitted, build.test_spec(jobs[0].settings))
+        written.append(f"{name}.png")
+    print(f"wrote {', '.join(written)} in {folder}")
+
+
+def _check(settings: Settings) -> None:
+    """Raises UserError if the run's data set has no such episodes, or its network and learner do not fit."""
+    try:
+        data = load_data(settings)
+        data.check(build.test_spec(settings), settings.split)
+        data.check(build.train_spec(settings), "train")
+        with tf.device("CPU:0"):
+            build.build_training(settings, build.build_network(settings, input_shape(settings)))
+    except UserError as error:
+        raise UserError(f"{settings.learner}: {error}") from error
 
 
 def _measured(job: Job) -> Row:
     """The checkpoint that the settings choose, on the first test tasks of the seed."""
     settings = job.settings
+    print(f"testing {settings.learner} on {settings.num_test_tasks} tasks", flush=True)
     data = load_data(settings)
     algorithm, iteration = trained(settings, from_run=True)
     result = measured(algorithm, data, settings, progress=True)
@@ -82,6 +109,7 @@ def _measured(job: Job) -> Row:
         sum(int(np.prod(variable.shape)) for variable in algorithm.variables),
         cost.get("seconds_per_iteration"),
         cost.get("peak_memory"),
+        Trained(algorithm, data, settings.tested_steps),
     )
 
 
@@ -94,11 +122,13 @@ def paired(values: np.ndarray, others: np.ndarray) -> tuple[float, float]:
 def _page(name: str, rows: list[Row], device: str) -> str:
     settings = rows[0].job.settings
     scale, digits, measure = SHOWN["accuracy" if settings.classification else "loss"]
+    queries = "queries per class" if settings.classification else "query points"
     lines = [
         f"# {name}: {settings.datasource} {settings.task}",
         "",
-        f"{measure} ± 95 % CI on the same {len(rows[0].values)} {settings.split} tasks, "
-        f"{settings.test_num_query} queries per class, seed {settings.seed}; differences are paired by task. "
+        f"{measure} ± 95 % CI on the same {len(rows[0].values)} meta-{settings.split} tasks, "
+        f"{settings.test_num_query} {queries}, seed {settings.seed}; differences are paired by task. "
+        f"GB: the peak of the process that trained this learner alone, TensorFlow and data included. "
         f"{results.hardware(device)}.",
         "",
         f"| {' | '.join(name or measure for name in (*COLUMNS, *COSTS))} |",
@@ -118,7 +148,7 @@ def _page(name: str, rows: list[Row], device: str) -> str:
             difference,
             f"{row.iteration:,}",
             f"{row.weights:,}",
-            "" if row.seconds is None else f"{1000 * row.seconds:.1f}",
+            "" if row.seconds is None else f"{row.seconds:.3g}",
             "" if row.memory is None else f"{row.memory / 1e9:.2f}",
             of_learner(chosen.learner, chosen.datasource, chosen.num_classes, chosen.update_batch_size),
         ]

@@ -75,8 +75,8 @@ def _test(settings: Settings, learner: Algorithm, data: EpisodeSource, folder: R
         written = [results.write(settings, result, iteration, device).name, "results.json"]
         if not settings.classification:
             picture = folder.dir / "fits.png"
-            spec = build.test_spec(settings)
-            sinusoid_fits.sinusoid_fits(picture, learner, data, spec, steps=settings.tested_steps)
+            fitted = sinusoid_fits.Trained(learner, data, settings.tested_steps)
+            sinusoid_fits.sinusoid_fits(picture, {settings.learner: fitted}, build.test_spec(settings))
             written.append(picture.name)
     tensorboard.show_tests(folder)
     print("\n".join([f"wrote {', '.join(written)} in {folder.dir}", *_next(settings)]))

@@ -12,6 +12,7 @@ import keras
 import tensorflow as tf
 
 from maml.episodes import Episode
+from maml.errors import UserError
 from maml.learners.base import Algorithm, Measures
 from maml.learners.extra import extra_variable
 from maml.learners.losses import LossFunction, mean_cross_entropy
@@ -110,8 +111,13 @@ class Leo(Algorithm):
             gradient_threshold: bound on every entry of the meta-gradient; 0: none.
             gradient_norm_threshold: bound on the norm in each variable, thereafter; 0: none.
             common: see `Algorithm`.
+
+        Raises:
+            UserError: if the tasks are no classification.
         """
-        common |= {"inner_steps": inner_unroll_length + finetuning_unroll_length, "classification": True}
+        if not common.setdefault("classification", True):
+            raise UserError("expected tasks of classes, got a regression. Use a learner as maml or reptile.")
+        common["inner_steps"] = inner_unroll_length + finetuning_unroll_length
         super().__init__(network, loss, **common)
         self.way, self.unroll = way, inner_unroll_length
         self.dropout_rate, self.kl_weight = dropout_rate, kl_weight

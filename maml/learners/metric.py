@@ -103,9 +103,11 @@ class Metric(Algorithm):
             common: see `Algorithm`.
 
         Raises:
-            UserError: if the network's batch norm has no statistics of the kind asked for.
+            UserError: if the tasks are no classification, or the network's batch norm has no statistics of
+                the kind asked for.
         """
-        common.setdefault("classification", True)
+        if not common.setdefault("classification", True):
+            raise UserError("expected tasks of classes, got a regression. Use a learner as maml or reptile.")
         super().__init__(network, loss or type(self).own_loss, **common)
         self.train_num_classes = train_num_classes or None
         self.test_statistics = test_statistics

@@ -1,6 +1,7 @@
 """Fits of sinusoids before and after adaptation, as PNG."""
 
 import pathlib
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -16,26 +17,40 @@ from maml.reports.episode_pictures import BLUE, RED, _as_png
 GRID = 200  # points a curve is drawn through
 
 
+class Trained(NamedTuple):
+    """A trained learner, its data set (sinusoid, plain or oracle), and the inner steps of the last curve."""
+
+    learner: Algorithm
+    data: Sinusoid
+    steps: int
+
+
 def sinusoid_fits(
-    path: pathlib.Path, learner: Algorithm, data: Sinusoid, spec: EpisodeSpec, *, steps: int, tasks: int = 4
+    path: pathlib.Path, learners: Mapping[str, Trained], spec: EpisodeSpec, *, tasks: int = 4
 ) -> None:
     """Draws fits before and after adaptation to the first test tasks (the paper's figure 2).
 
     Args:
         path: of the PNG file.
-        learner: trained.
-        data: the sinusoid, plain or oracle.
+        learners: trained, by name; each has a row of panels, the tasks of all are the same.
         spec: K and the seed.
-        steps: inner steps of the last curve.
-        tasks: panels.
+        tasks: panels of a row.
     """
     import matplotlib.pyplot as plt
 
-    fits = _fits(learner, data, spec, "test", steps, tasks)
-    figure, axes = plt.subplots(1, tasks, figsize=(3.4 * tasks, 3), sharey=True, layout="constrained")
-    for axis, fit in zip(np.atleast_1d(axes), fits, strict=True):
-        _fit_panel(axis, fit, steps)
-    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False)
+    size = 3.4 * tasks, 0.4 + 2.6 * len(learners)
+    figure, axes = plt.subplots(
+        len(learners), tasks, figsize=size, sharey=True, squeeze=False, layout="constrained"
+    )
+    numbers = {steps for _, _, steps in learners.values()}
+    last = _after(*numbers) if len(numbers) == 1 else "after the last step"
+    for row, (name, (learner, data, steps)) in zip(axes, learners.items(), strict=True):
+        for axis, fit in zip(row, _fits(learner, data, spec, "test", steps, tasks), strict=True):
+            _fit_panel(axis, fit, steps, last)
+        if len(learners) > 1:
+            row[0].set_ylabel(f"{name}, {steps} step{'s' * (steps > 1)}")
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=5, frameon=False)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
@@ -71,10 +86,14 @@ def _fits(
     return [_Fit(*shape, *of_task) for shape, of_task in zip(shapes, arrays, strict=True)]
 
 
-def _fit_panel(axis: Axes, fit: _Fit, steps: int) -> None:
+def _after(steps: int) -> str:
+    return f"after {steps} step{'s' * (steps > 1)}"
+
+
+def _fit_panel(axis: Axes, fit: _Fit, steps: int, last: str) -> None:
     axis.plot(fit.x, fit.truth, color=RED, linewidth=2, label="task")
     for step, style in {0: (0, (1, 1.5)), 1: "--", steps: "-"}.items():
-        label = "before" if step == 0 else f"after {step} step{'s' * (step > 1)}"
+        label = "before" if step == 0 else last if step == steps else _after(step)
         axis.plot(fit.x, fit.curves[step], linestyle=style, color=BLUE, label=label)
     axis.plot(fit.support_x, fit.support_y, "^", color="#8172b3", label="support")
     axis.set_title(f"A = {fit.amplitude:.2f}, φ = {fit.phase:.2f}", fontsize=10)
@@ -90,7 +109,7 @@ def fits_so_far(learner: Algorithm, data: Sinusoid, spec: EpisodeSpec, steps: in
     figure.subplots_adjust(0.07, 0.2, 0.99, 0.93, wspace=0.06, hspace=0.3)
     axes = figure.subplots(2, 2, subplot_kw={"xticks": (), "yticks": (), "ylim": (-5.5, 5.5)})
     for axis, fit in zip(axes.flat, _fits(learner, data, spec, "val", steps, axes.size), strict=True):
-        _fit_panel(axis, fit, steps)
+        _fit_panel(axis, fit, steps, _after(steps))
     axes[1, 0].set(xticks=(-5, 0, 5), yticks=(-5, 0, 5))  # every tick takes a millisecond
     figure.legend(*axis.get_legend_handles_labels(), loc="lower center", ncols=3, frameon=False)
     return _as_png(figure)

@@ -24,7 +24,8 @@ def build_network(settings: Settings, input_shape: tuple[int, ...], dtype: str =
         dtype: "float32", or "float64" to compare with exact results.
 
     Raises:
-        UserError: if `--network=module:function` names nothing that gives a Keras model.
+        UserError: if the network takes other inputs, or `--network=module:function` names nothing that gives
+            a Keras model.
     """
     kind = learner_class(settings)
     backbone = kind.backbone
@@ -33,6 +34,11 @@ def build_network(settings: Settings, input_shape: tuple[int, ...], dtype: str =
     if settings.mixed_precision and dtype == "float32":
         dtype = "mixed_bfloat16"
     source, row = settings.dataset, network(settings.network)
+    if row.axes and len(input_shape) != len(row.axes):
+        raise UserError(
+            f"--network={settings.network}: expected inputs [{', '.join(row.axes)}], got "
+            f"{list(input_shape)} of --datasource={settings.datasource}."
+        )
     build = load(row.home)
     offered = dict(
         filters=settings.num_filters,

@@ -15,6 +15,7 @@ class Network(NamedTuple):
         about: a line on it.
         flags: of the network's, those that it reads; others given with it are an error. None: unknown.
         images: it takes images alone.
+        vectors: it takes vectors alone.
         options: keyword arguments beside these.
     """
 
@@ -22,7 +23,13 @@ class Network(NamedTuple):
     about: str
     flags: tuple[str, ...] | None = ("norm",)
     images: bool = False
+    vectors: bool = False
     options: Mapping[str, object] = {}
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """Names of the axes of an input that it takes; none: any."""
+        return ("H", "W", "C") if self.images else ("D",) * self.vectors
 
 
 NETWORKS: Mapping[str, Network] = {
@@ -45,7 +52,10 @@ NETWORKS: Mapping[str, Network] = {
         images=True,
     ),
     "leo": Network(
-        "maml.networks.leo:leo", "encoder, relation network and decoder of --learner=leo", flags=()
+        "maml.networks.leo:leo",
+        "encoder, relation network and decoder of --learner=leo",
+        flags=(),
+        vectors=True,
     ),
     "mlp": Network("maml.networks.mlp:mlp", "fully connected"),
     "resnet12": Network(
