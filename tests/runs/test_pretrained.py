@@ -21,7 +21,7 @@ from maml.settings.settings import parse
 from maml.tables import pretrained
 from maml.training.evaluate import TestResult as Result
 from tests.learning import Meta
-from tests.test_cli import python
+from tests.command_line import python
 
 LARGEST = 2_000_000  # bytes of a file in the wheel
 TINY = ("--datasource=omniglot", "--num_classes=3", "--update_batch_size=1", "--num_filters=4", "--seed=3")
