@@ -152,6 +152,7 @@ page, a table and figures are written to `results/` after each. Flags of a run g
 """,
         work="maml.commands.reproduce:reproduce_asked",
         flags=(
+            Flag("list", False, "list the cells: data, hours on two cores, and what is done; run nothing"),
             Flag("scale", 1.0, "runs every cell for this part of its iterations"),
             Flag("seeds", 1, "runs of each cell, with seeds 0, 1, …", lower=1),
             Flag("results_dir", None, "folder for RESULTS.md, results.csv and the figures [results]"),

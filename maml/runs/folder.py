@@ -28,7 +28,7 @@ from maml.training.loop import METATRAIN, PRETRAIN, Phase
 # Flags that may differ between a run and its continuation: they change how long and how it is
 # watched, not what is computed.
 FREE_FLAGS = {
-    "metatrain_iterations", "log", "logdir", "resume", "train", "test_set", "test_num_query",
+    "metatrain_iterations", "log", "logdir", "run_name", "resume", "train", "test_set", "test_num_query",
     "test_num_updates", "num_test_tasks", "transductive", "data_dir", "save_interval",
     "tasks_per_chunk", "jit_compile", "deterministic", "keep", "on_nan",
 }  # fmt: skip
@@ -173,7 +173,7 @@ class Run:
         """
         there, asked = saved_iterations(self.dir), self.settings.test_iter
         if not there:
-            siblings = sorted(path.name for path in self.dir.parent.glob("cls_*") if path.is_dir())
+            siblings = sorted(path.parent.name for path in self.dir.parent.glob("*/flags"))
             raise UserError(
                 f"found no checkpoint in {self.dir}; runs under {self.dir.parent}: "
                 f"{', '.join(siblings) or 'none'}. Train first, or give the flags the run was trained with "

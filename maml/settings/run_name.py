@@ -15,8 +15,8 @@ NORMS = {"batch_norm": "batchnorm", "layer_norm": "layernorm", "None": "nonorm"}
 RANDOM = "random"  # in the place of weights to begin with
 
 
-def run_name(settings: "Settings") -> str:
-    """The name of the folder of a run."""
+def made_name(settings: "Settings") -> str:
+    """The name of the folder of a run whose flags name none."""
     name = (
         f"cls_{settings.num_classes}.mbs_{settings.meta_batch_size}.ubs_{settings.train_update_batch_size}"
         f".numstep{settings.num_updates}.updatelr{settings.train_update_lr}"

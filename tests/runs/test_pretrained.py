@@ -20,8 +20,8 @@ from maml.runs.load import load_pretrained, load_run, trained
 from maml.settings.settings import parse
 from maml.tables import pretrained
 from maml.training.evaluate import TestResult as Result
-from tests.learning import Meta
 from tests.command_line import python
+from tests.learning import Meta
 
 LARGEST = 2_000_000  # bytes of a file in the wheel
 TINY = ("--datasource=omniglot", "--num_classes=3", "--update_batch_size=1", "--num_filters=4", "--seed=3")
@@ -103,7 +103,7 @@ def test_a_run_becomes_an_entry_with_the_same_network(learner, folder, tmp_path)
     np.testing.assert_array_equal(learner.predict(x, labels, x, 2), of_run.predict(x, labels, x, 2))
     # A run that begins with them, and `maml adapt`.
     begun = parse([*TINY, f"--learner={entry['flags']['learner']}", "--init_from=tiny"])
-    assert begun.run_name.endswith(".from-tiny.seed3")
+    assert begun.folder_name.endswith(".from-tiny.seed3")
     settings = network_settings(None, None, ["--test_num_updates=2"], weights="tiny")
     assert settings.num_classes == 3 and settings.num_filters == 4
     for own, theirs in zip(
