@@ -93,29 +93,21 @@ def progress(cells: Sequence[str], scale: float) -> str:
     overrides = job_settings.given_flags(but=("seed",))
     for cell in cells:
         settings = job(cell, scale, overrides).settings
-        done = max(
-            (i for i in files.saved_iterations(settings.run_dir) if i <= settings.iterations), default=0
-        )
+        asked, there = settings.iterations, files.saved_iterations(settings.run_dir)
+        done = max((iteration for iteration in there if iteration <= asked), default=0)
         left = 1 - done / asked
         hours = CELLS[cell].hours * scale * left
         if each := results.read_cost(settings.run_dir).get("seconds_per_iteration"):
             hours = each * asked * left / 3600
         tested = "tested" if results.find(settings) else ""
-        rows.append(
-            (cell, settings.datasource, f"{hours:.2g}", f"{done:,} of {settings.iterations:,}", tested)
-        )
+        rows.append((cell, settings.datasource, f"{hours:.2g}", f"{done:,} of {asked:,}", tested))
     widths = [max(len(row[column]) for row in rows) for column in range(4)]
     lines = [
         f"{a:<{widths[0]}}  {b:<{widths[1]}}  {c:>{widths[2]}}  {d:>{widths[3]}}  {e}".rstrip()
         for a, b, c, d, e in rows
     ]
-    return "\n".join(
-        [
-            *lines,
-            "",
-            "hours: on two otherwise idle cores, of what is left; of a run begun here, by its own pace",
-        ]
-    )
+    note = "hours: about, of what is left, on two otherwise idle cores; of a run trained here, by its pace"
+    return "\n".join([*lines, "", note])
 
 
 def _further(job: Job) -> int | None:

@@ -116,9 +116,8 @@ def test_the_page_shows_what_the_runs_wrote(reproduced):
         assert page[3 * i][6] == "140 of 70,000"
         assert len(page[3 * i]) == 7
         title = published.title(cell)
-        assert re.search(
-            rf"^- {title}: .*, seed 0; `maml --flagfile=flags/{cell}\.flags", notes, re.MULTILINE
-        )
+        note = rf"^- {title}: .*, seed 0; `maml --flagfile=flags/{cell}\.flags"
+        assert re.search(note, notes, re.MULTILINE)
     table = list(csv.DictReader((results / "results.csv").read_text().splitlines()))
     wanted = [r for r in table if (r["cell"], r["set"], r["steps"]) == ("sinusoid_5shot", "query", "10")]
     (entry,) = json.loads((logdir / runs["sinusoid_5shot"] / "results.json").read_text())
