@@ -136,7 +136,9 @@ COMMANDS = {
     "maml --flagfile=RUN/flags": ((), 0, "testing iteration 2 on 2 tasks"),
     "maml protocol RUN --test_set": (("--num_test_tasks=2", "--test_num_query=1"), 0, "transductive"),
     "maml adapt --support=DIR --query=DIR --weights=NAME": (
-        ("--support=DIR/test", "--query=DIR/test/a/0.png", "--save=a.keras", "--weights=", "--run=RUN"), 0, "wrote a.keras, ",
+        ("--support=DIR/test", "--query=DIR/test/a/0.png", "--save=a.keras", "--weights=", "--run=RUN"),
+        0,
+        "wrote a.keras, ",
     ),
     "maml adapt --support=photos/support --query=photos/query --weights=NAME": (
         ("--support=DIR/test", "--query=DIR", "--weights=sinusoid_10shot"), 2, "expected weights for images",
