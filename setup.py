@@ -62,7 +62,7 @@ setuptools.setup(
     packages=[*setuptools.find_packages(include=["maml", "maml.*"]), "maml.mini_imagenet", "maml.flagfiles"],
     package_dir={"maml.mini_imagenet": "data/mini_imagenet", "maml.flagfiles": "flags"},
     package_data={
-        "maml": ["py.typed"],
+        "maml": ["py.typed", "weights/*.h5", "weights/*.json"],
         "maml.flagfiles": ["*.flags", "sweeps/*.flags"],
         "maml.mini_imagenet": ["splits/*", "*.bib", "*.md", "*.tsv", "*.txt"],
     },

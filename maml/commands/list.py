@@ -47,6 +47,11 @@ def datasets() -> Rows:
     return {name: about(row) for name, row in tables.DATASETS.items()}
 
 
+def weights() -> Rows:
+    """Trained weights that come along, with their results."""
+    return {name: row.about for name, row in tables.shipped().items()}
+
+
 def cells() -> Rows:
     """The paper's experiments, for `maml reproduce`, and their data sets."""
     return {name: _described(flagfiles() / f"{name}.flags") for name in CELLS}
@@ -73,6 +78,10 @@ TABLES: Mapping[str, tuple[str, Callable[[], Rows]]] = {
     "learners": ("Learners: --learner=NAME, or module:Class", learners),
     "networks": ("Networks: --network=NAME, or module:function", networks),
     "datasets": ("Data sets: --datasource=NAME, or module:function", datasets),
+    "weights": (
+        "Trained weights: --init_from=NAME, adapt --weights=NAME, load_pretrained(NAME)",
+        weights,
+    ),
     "cells": ("Cells, the paper's experiments: maml reproduce NAME, or --flagfile=flags/NAME.flags", cells),
     "flagfiles": ("Other flagfiles, in any folder; sweeps: maml sweep --flagfile=NAME", others),
 }

@@ -84,6 +84,32 @@ def reproduce(asked: Sequence[str], *, scale: float, seeds: int, results_dir: pa
     return failures
 
 
+def progress(cells: Sequence[str], scale: float) -> str:
+    """A table of cells: data, hours that are left or were stated beforehand, iterations done, whether tested.
+
+    The hours of a run that has been trained here are by its own time per iteration.
+    """
+    rows = [("cell", "data", "hours", "done", "")]
+    overrides = job_settings.given_flags(but=("seed",))
+    for cell in cells:
+        settings = job(cell, scale, overrides).settings
+        asked, there = settings.iterations, files.saved_iterations(settings.run_dir)
+        done = max((iteration for iteration in there if iteration <= asked), default=0)
+        left = 1 - done / asked
+        hours = CELLS[cell].hours * scale * left
+        if each := results.read_cost(settings.run_dir).get("seconds_per_iteration"):
+            hours = each * asked * left / 3600
+        tested = "tested" if results.find(settings) else ""
+        rows.append((cell, settings.datasource, f"{hours:.2g}", f"{done:,} of {asked:,}", tested))
+    widths = [max(len(row[column]) for row in rows) for column in range(4)]
+    lines = [
+        f"{a:<{widths[0]}}  {b:<{widths[1]}}  {c:>{widths[2]}}  {d:>{widths[3]}}  {e}".rstrip()
+        for a, b, c, d, e in rows
+    ]
+    note = "hours: about, of what is left, on two otherwise idle cores; of a run trained here, by its pace"
+    return "\n".join([*lines, "", note])
+
+
 def _further(job: Job) -> int | None:
     """The iterations of a tested run that has passed by the job's and has no checkpoint of them; or None."""
     settings = job.settings
@@ -97,8 +123,12 @@ def reproduce_asked(cells: list[str]) -> None:
     """Runs the cells that the command line names, or all, as its flags say."""
     if unknown := [cell for cell in cells if cell not in CELLS]:
         raise UserError(f"expected cells ({', '.join(CELLS)}), got {', '.join(unknown)}.")
+    job_settings.check_no_name()
     if not 0 < FLAGS.scale <= 1:
         raise UserError(f"expected a number above 0 and at most 1, got --scale={FLAGS.scale}.")
+    if FLAGS.list:
+        print(progress(cells or list(CELLS), FLAGS.scale))
+        return
     results_dir = pathlib.Path(FLAGS.results_dir or "results")
     try:
         results_dir.mkdir(parents=True, exist_ok=True)

@@ -1,5 +1,6 @@
 """The supervised experiments of the paper: their published figures, and where they stand in it."""
 
+import re
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import NamedTuple
@@ -19,6 +20,7 @@ class Cell(NamedTuple):
         group: the table it belongs to.
         place: where the paper has it.
         steps: inner steps at test that the row (or rows) are about.
+        hours: to train it on two otherwise idle cores.
         paper: {steps: the paper's figure}; accuracies in %.
         original: the same of the original code, re-run; from `shared/DESIGN.md`.
     """
@@ -26,6 +28,7 @@ class Cell(NamedTuple):
     group: str
     place: str
     steps: tuple[int, ...]
+    hours: float
     paper: Mapping[int, Figure] = MappingProxyType({})
     original: Mapping[int, Figure] = MappingProxyType({})
 
@@ -33,21 +36,23 @@ class Cell(NamedTuple):
 def _sinusoid(paper: dict[int, float] | None = None, original: dict[int, Figure] | None = None) -> Cell:
     figures = {steps: Figure(mean) for steps, mean in (paper or {}).items()}
     place = "section 5.1" if paper is None else "appendix"
-    return Cell("Sinusoid", place, (1, 5, 10), figures, original or {})
+    return Cell("Sinusoid", place, (1, 5, 10), 0.01, figures, original or {})
 
 
 def _oracle() -> Cell:
     # It knows the task and has nothing to adapt to: the figure is that before any step.
-    return Cell("Sinusoid", "section 5.1", (0, 1, 10))
+    return Cell("Sinusoid", "section 5.1", (0, 1, 10), 0.01)
 
 
-def _images(group: str, steps: int, mean: float, ci95: float, *, also: tuple[int, ...] = ()) -> Cell:
-    return Cell(group, "table 1", (*also, steps), {steps: Figure(mean, ci95)})
+def _images(
+    group: str, steps: int, mean: float, ci95: float, hours: float, *, also: tuple[int, ...] = ()
+) -> Cell:
+    return Cell(group, "table 1", (*also, steps), hours, {steps: Figure(mean, ci95)})
 
 
-def _five_way(mean: float, ci95: float) -> Cell:
+def _five_way(mean: float, ci95: float, hours: float) -> Cell:
     # Trained with one step and tested after three, which a young network may not bear.
-    return _images("Omniglot", 3, mean, ci95, also=(1,))
+    return _images("Omniglot", 3, mean, ci95, hours, also=(1,))
 
 
 CELLS = {
@@ -62,18 +67,30 @@ CELLS = {
     "sinusoid_20shot": _sinusoid(),
     "sinusoid_20shot_pretrained": _sinusoid(),
     "sinusoid_20shot_oracle": _oracle(),
-    "omniglot_5way_1shot": _five_way(98.7, 0.4),
-    "omniglot_5way_5shot": _five_way(99.9, 0.1),
-    "omniglot_20way_1shot": _images("Omniglot", 5, 95.8, 0.3),
-    "omniglot_20way_5shot": _images("Omniglot", 5, 98.9, 0.2),
-    "omniglot_5way_1shot_noconv": _five_way(89.7, 1.1),
-    "omniglot_5way_5shot_noconv": _five_way(97.5, 0.6),
-    "miniimagenet_5way_1shot": _images("mini-ImageNet", 10, 48.70, 1.84),
-    "miniimagenet_5way_1shot_first_order": _images("mini-ImageNet", 10, 48.07, 1.75),
-    "miniimagenet_5way_5shot": _images("mini-ImageNet", 10, 63.11, 0.92),
-    "miniimagenet_5way_5shot_first_order": _images("mini-ImageNet", 10, 63.15, 0.91),
-    "photographs_5way_1shot": Cell("Photographs", "not in the paper", (10,)),
+    "omniglot_5way_1shot": _five_way(98.7, 0.4, 1.3),
+    "omniglot_5way_5shot": _five_way(99.9, 0.1, 7),
+    "omniglot_20way_1shot": _images("Omniglot", 5, 95.8, 0.3, 11),
+    "omniglot_20way_5shot": _images("Omniglot", 5, 98.9, 0.2, 50),
+    "omniglot_5way_1shot_noconv": _five_way(89.7, 1.1, 0.5),
+    "omniglot_5way_5shot_noconv": _five_way(97.5, 0.6, 1),
+    "miniimagenet_5way_1shot": _images("mini-ImageNet", 10, 48.70, 1.84, 18),
+    "miniimagenet_5way_1shot_first_order": _images("mini-ImageNet", 10, 48.07, 1.75, 11),
+    "miniimagenet_5way_5shot": _images("mini-ImageNet", 10, 63.11, 0.92, 44),
+    "miniimagenet_5way_5shot_first_order": _images("mini-ImageNet", 10, 63.15, 0.91, 25),
+    "photographs_5way_1shot": Cell("Photographs", "not in the paper", (10,), 10),
 }
+
+
+NAMES = {"omniglot": "Omniglot", "miniimagenet": "mini-ImageNet", "noconv": "fully connected"}
+
+
+def title(cell: str) -> str:
+    """The name of a cell for people: "Omniglot 5-way 1-shot, fully connected"."""
+    found = re.fullmatch(r"([a-z]+)_(?:(\d+)way_)?(\d+)shot(?:_(\w+))?", cell)
+    source, way, shot, kind = found.groups()
+    parts = [NAMES.get(source, source), way and f"{way}-way", f"{shot}-shot"]
+    kind = kind and NAMES.get(kind, kind.replace("_", " "))
+    return " ".join(filter(None, parts)) + (f", {kind}" if kind else "")
 
 
 # {learner: {(data set, way, shot): its paper's accuracy, %}}; MAML's own are in `CELLS`.

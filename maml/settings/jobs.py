@@ -4,6 +4,7 @@ import shlex
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from maml.errors import UserError
 from maml.settings.flags import of_settings
 from maml.settings.parsing import FLAGFILES, flagfiles
 from maml.settings.settings import FLAGS, Settings, parse
@@ -40,6 +41,12 @@ def shown(arguments: Sequence[str], settings: Settings) -> list[str]:
 def job(arguments: Sequence[str]) -> Job:
     """The job of the given arguments; raises UserError if `maml` would reject them."""
     return Job(tuple(arguments), parse(arguments))
+
+
+def check_no_name() -> None:
+    """Raises UserError if `--run_name` was given to a command of several runs."""
+    if FLAGS["run_name"].present:
+        raise UserError("expected no --run_name, got one: this command has many runs. Leave it out.")
 
 
 def given_flags(but: Sequence[str] = ()) -> list[str]:
