@@ -33,7 +33,7 @@ def copy_of(model: keras.Model) -> keras.Model:
 
 def _cloned(model: keras.Model) -> keras.Model:
     if is_graph(model):
-        return keras.models.clone_model(model, clone_function=_fresh, recursive=True)
+        return keras.models.clone_model(model, clone_function=fresh, recursive=True)
     return keras.models.clone_model(model)
 
 
@@ -72,10 +72,10 @@ def transfer(model: keras.Model, copy: keras.Model) -> None:
         variable.assign(value)
     layers = zip(model._flatten_layers(), copy._flatten_layers(), strict=True)
     for layer, other in layers:
-        _transfer_own(layer, other)
+        transfer_own(layer, other)
 
 
-def _transfer_own(layer: Layer, other: Layer) -> None:
+def transfer_own(layer: Layer, other: Layer) -> None:
     """State that a layer keeps outside its variables, by Keras' protocol of saving, and maml's flag."""
     if layer is other:
         return
@@ -124,7 +124,7 @@ def is_graph(model: Layer) -> bool:
     return type(model) is keras.Sequential or type(model).__name__ == "Functional"
 
 
-def _fresh(layer: Layer | keras.Operation) -> Layer | keras.Operation:
+def fresh(layer: Layer | keras.Operation) -> Layer | keras.Operation:
     """The same layer with weights of its own; the same operation.
 
     Keras takes the function of a Lambda for a stranger's code, so that it is not read from a config.
@@ -155,7 +155,7 @@ def with_exact_norms(model: keras.Model) -> keras.Model:
         if _is_swapped(layer):
             return _moving_batch_norm(layer)
         same = type(layer) is keras.layers.LayerNormalization
-        return LayerNormalization.from_config(layer.get_config()) if same else _fresh(layer)
+        return LayerNormalization.from_config(layer.get_config()) if same else fresh(layer)
 
     def call(layer: Layer, *args, **kwargs):
         if isinstance(layer, MovingBatchNorm) and (kwargs.pop("mask", None) is not None or _masked(args)):

@@ -4,6 +4,7 @@ Each row is a kind of answer that was once silently wrong, or a structure that K
 after adaptation, the adapted weights and the meta-gradient must be the oracle's.
 """
 
+import pathlib
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import NamedTuple
@@ -76,8 +77,8 @@ CASES: dict[str, Case] = {
         lambda: keras.losses.SparseCategoricalCrossentropy(True, reduction="sum"),
         SEQUENCES,
     ),
-    "mask, both directions": Case(
-        lambda: models.masked(L.Bidirectional(L.SimpleRNN(2, return_sequences=True))), LOGITS, SEQUENCES
+    "mask, a layer in every step": Case(
+        lambda: models.masked(L.TimeDistributed(L.Dense(3, activation="tanh"))), LOGITS, SEQUENCES
     ),
     "mask, attention": Case(models.attentive, LOGITS, SEQUENCES),
     "mask, custom class": Case(lambda: models.built(models.Reads(), SEQUENCES[0]), LOGITS, SEQUENCES),
@@ -189,3 +190,12 @@ def test_the_library_computes_what_keras_does(name, float64):
     ours, theirs = compared(CASES[name])
     for figure, value in theirs.items():
         assert ours[figure] == pytest.approx(value, rel=1e-6, abs=2e-8), figure
+
+
+def test_the_page_of_figures_has_every_case():
+    page = (pathlib.Path(__file__).parent.parent.parent / "docs" / "keras_cases.md").read_text("utf-8")
+    rows = [line.split(" | ") for line in page.splitlines() if line.startswith("| ")][1:]
+    assert [row[0].removeprefix("| ") for row in rows] == list(CASES)
+    for _, *figures in rows:
+        for theirs, ours in (figures[:2], figures[2:]):
+            assert float(ours.removesuffix(" |")) == pytest.approx(float(theirs), rel=1e-6, abs=2e-8)

@@ -103,6 +103,15 @@ def test_a_custom_loss_is_checked_too():
         learner.fit([models.episode(targets=(1,))] * 4, iterations=1)
 
 
+def test_missing_derivatives_are_named_where_the_gradient_is_not_checked():
+    def dilated(x):
+        return tf.nn.dilation2d(x, tf.zeros((2, 2, 3)), [1] * 4, "SAME", "NHWC", [1] * 4)
+
+    learner = Learner(image_model(dilated), LOGITS, inner_lr=0.1)
+    with pytest.raises(UserError, match=r"has an operation without the derivatives .*dilation: use MaxPool"):
+        learner.fit([IMAGES], iterations=1, meta_batch=1, check=False)
+
+
 def test_a_copy_that_forgets_is_refused():
     class Forgets(L.Layer):
         shift = 0.0
