@@ -126,6 +126,8 @@ COMMANDS = {
     "maml reproduce sinusoid_10shot omniglot_5way_1shot": (("--list",), 0, "sinusoid_10shot "),
     "maml --datasource=omniglot": NO_OMNIGLOT,
     "maml --datasource=omniglot --num_classes=5 --update_batch_size=1": NO_OMNIGLOT,
+    "maml --datasource=omniglot --update_batch_size=1 --metatrain_iterations=500 --test_num_updates=3 "
+    "--test_set --mixed_precision": NO_OMNIGLOT,
     "maml --datasource=miniimagenet --num_classes=5": NO_MINI,
     "maml --datasource=miniimagenet --num_classes=5 --update_batch_size=1": NO_MINI,
     "maml prepare miniimagenet": NO_MINI,
@@ -167,7 +169,8 @@ def shown_commands() -> set[str]:
         ]
         typed = [line.rpartition("&& ")[2] for line in typed]
         spans = [" ".join(span.split()) for span in re.findall(r"(?<!`)`(maml [^`|…]+)`", text)]
-        found |= {shlex.join(shlex.split(c)) for c in typed + spans if re.match(r"maml( |$)", c)}
+        said = [re.sub(r"[][]", "", command) for command in typed + spans]  # brackets: or without
+        found |= {shlex.join(shlex.split(command)) for command in said if re.match(r"maml( |$)", command)}
     return {command for command in found if command.partition("maml ")[2] not in table.COMMANDS}
 
 
