@@ -81,6 +81,7 @@ setuptools.setup(
     ],
     extras_require={
         "docs": ["mkdocs>=1.6.1", "mkdocs-material>=9.8", "mkdocstrings-python>=2", "ruff==0.17.5"],
+        "onnx": ["onnx>=1.17", "onnxruntime>=1.20", "tf2onnx>=1.17"],
         "test": [
             "hypothesis>=6",
             "import-linter>=2",

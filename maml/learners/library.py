@@ -102,8 +102,9 @@ class Learner(Workings):
             meta_optimizer: any Keras optimizer for the outer loop, its schedule included, instead of Adam.
             clip: clip every entry of the meta-gradient to ±clip.
             swap_norms: work on a copy in which Keras' LayerNormalization is `maml.LayerNormalization`,
-                which computes the same, and BatchNormalization is `maml.BatchNorm`, which does not: no
-                scale, and always the statistics of the batch at hand.
+                which computes the same, and BatchNormalization that trains is `maml.MovingBatchNorm`, which
+                computes what it does in training: by the statistics of the batch at hand. Its γ and β are
+                kept, and not adapted.
             vectorize, jit_compile, tasks_per_chunk: see `TaskMap`; None chooses what is safe.
             options: of the algorithm, keyword arguments of its class.
 

@@ -13,7 +13,7 @@ Layer = keras.layers.Layer
 def plain(model: keras.Model) -> keras.Model:
     """A copy of an adapted model that computes the same in inference, of Keras' own layers alone.
 
-    `maml.BatchNorm` and `MovingBatchNorm` become BatchNormalization with the statistics that they keep,
+    `maml.BatchNorm` and `maml.MovingBatchNorm` become BatchNormalization with the statistics that they keep,
     `maml.LayerNormalization` and `LeakyReLU` their namesakes, `maml.LayerNorm` a LayerNormalization over all
     axes of an example, `MaxPool` MaxPooling2D.
 
@@ -41,6 +41,7 @@ def plain(model: keras.Model) -> keras.Model:
         copy = keras.models.clone_model(model, clone_function=own, recursive=True)
     for layer, other in pairs:
         other.set_weights(_plain_weights(layer, other))
+    copy(copy.inputs)  # Keras writes ONNX of models alone that were called
     return copy
 
 
