@@ -138,7 +138,7 @@ COMMANDS = {
     "maml --flagfile=RUN/flags": ((), 0, "testing iteration 2 on 2 tasks"),
     "maml protocol RUN --test_set": (("--num_test_tasks=2", "--test_num_query=1"), 0, "transductive"),
     "maml adapt --support=DIR --query=DIR --weights=NAME": (
-        ("--support=DIR/test", "--query=DIR/test/a/0.png", "--save=a.keras", "--weights=", "--run=RUN"),
+        ("--support=DIR/test", "--query=DIR/test/e/0.png", "--save=a.keras", "--weights=", "--run=RUN"),
         0,
         "wrote a.keras, ",
     ),
@@ -205,13 +205,11 @@ def wheel(tmp_path_factory) -> pathlib.Path:
 
 
 def test_the_commands_of_the_pages_run_from_the_wheel_in_an_empty_folder(wheel, tmp_path, monkeypatch):
-    for split in ("train", "val", "test"):
-        for name in "ab":
-            (tmp_path / "DIR" / split / name).mkdir(parents=True)
-            for i in range(3):
-                Image.new("RGB", (16, 16), (80 * i, 9 * ord(name) % 256, 40)).save(
-                    tmp_path / "DIR" / split / name / f"{i}.png"
-                )
+    for home in ("train/a", "train/b", "val/c", "val/d", "test/e", "test/f"):
+        (tmp_path / "DIR" / home).mkdir(parents=True)
+        for i in range(3):
+            picture = Image.new("RGB", (16, 16), (80 * i, 40 * (ord(home[-1]) % 6), 40))
+            picture.save(tmp_path / "DIR" / home / f"{i}.png")
     monkeypatch.delenv("MAML_DATA_DIR", raising=False)
     monkeypatch.setenv("MAML_CACHE_DIR", str(tmp_path / "cache"))
     for command, (arguments, code, printed) in COMMANDS.items():
