@@ -95,7 +95,7 @@ HEIC = (b"ftypheic", b"ftypheix", b"ftyphevc", b"ftypheim", b"ftypmif1", b"ftypm
 
 
 def _unknown(raw: bytes) -> str:
-    """What there is to say of a file in none of the formats."""
+    """The message for a file in none of the formats."""
     if raw[4:12] in HEIC:
         return "HEIC, expected JPEG or PNG; convert it, or set the iPhone's camera to Most Compatible"
     return "not an image"
