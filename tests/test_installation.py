@@ -126,6 +126,8 @@ COMMANDS = {
     "maml reproduce sinusoid_10shot omniglot_5way_1shot": (("--list",), 0, "sinusoid_10shot "),
     "maml --datasource=omniglot": NO_OMNIGLOT,
     "maml --datasource=omniglot --num_classes=5 --update_batch_size=1": NO_OMNIGLOT,
+    "maml --datasource=omniglot --update_batch_size=1 --metatrain_iterations=500 --test_num_updates=3 "
+    "--test_set --mixed_precision": NO_OMNIGLOT,
     "maml --datasource=miniimagenet --num_classes=5": NO_MINI,
     "maml --datasource=miniimagenet --num_classes=5 --update_batch_size=1": NO_MINI,
     "maml prepare miniimagenet": NO_MINI,
@@ -136,7 +138,7 @@ COMMANDS = {
     "maml --flagfile=RUN/flags": ((), 0, "testing iteration 2 on 2 tasks"),
     "maml protocol RUN --test_set": (("--num_test_tasks=2", "--test_num_query=1"), 0, "transductive"),
     "maml adapt --support=DIR --query=DIR --weights=NAME": (
-        ("--support=DIR/test", "--query=DIR/test/a/0.png", "--save=a.keras", "--weights=", "--run=RUN"),
+        ("--support=DIR/test", "--query=DIR/test/e/0.png", "--save=a.keras", "--weights=", "--run=RUN"),
         0,
         "wrote a.keras, ",
     ),
@@ -167,7 +169,8 @@ def shown_commands() -> set[str]:
         ]
         typed = [line.rpartition("&& ")[2] for line in typed]
         spans = [" ".join(span.split()) for span in re.findall(r"(?<!`)`(maml [^`|…]+)`", text)]
-        found |= {shlex.join(shlex.split(c)) for c in typed + spans if re.match(r"maml( |$)", c)}
+        said = [re.sub(r"[][]", "", command) for command in typed + spans]  # brackets: or without
+        found |= {shlex.join(shlex.split(command)) for command in said if re.match(r"maml( |$)", command)}
     return {command for command in found if command.partition("maml ")[2] not in table.COMMANDS}
 
 
@@ -202,13 +205,11 @@ def wheel(tmp_path_factory) -> pathlib.Path:
 
 
 def test_the_commands_of_the_pages_run_from_the_wheel_in_an_empty_folder(wheel, tmp_path, monkeypatch):
-    for split in ("train", "val", "test"):
-        for name in "ab":
-            (tmp_path / "DIR" / split / name).mkdir(parents=True)
-            for i in range(3):
-                Image.new("RGB", (16, 16), (80 * i, 9 * ord(name) % 256, 40)).save(
-                    tmp_path / "DIR" / split / name / f"{i}.png"
-                )
+    for home in ("train/a", "train/b", "val/c", "val/d", "test/e", "test/f"):
+        (tmp_path / "DIR" / home).mkdir(parents=True)
+        for i in range(3):
+            picture = Image.new("RGB", (16, 16), (80 * i, 40 * (ord(home[-1]) % 6), 40))
+            picture.save(tmp_path / "DIR" / home / f"{i}.png")
     monkeypatch.delenv("MAML_DATA_DIR", raising=False)
     monkeypatch.setenv("MAML_CACHE_DIR", str(tmp_path / "cache"))
     for command, (arguments, code, printed) in COMMANDS.items():

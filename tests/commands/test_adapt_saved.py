@@ -154,6 +154,8 @@ def test_accuracy_that_falls_with_the_steps_is_said():
         "--update_lr, or --test_num_updates=1.\n"
     )
     assert predictions.falls(made, None) == []
+    slight = made._replace(support_accuracy=np.array([0.2, 0.54, 0.5]))
+    assert predictions.falls(slight, None) == []
     (line,) = predictions.falls(made._replace(support_accuracy=np.array([0.2, 0.5, 0.4])), None)
     assert line.startswith("warning: support accuracy falls from 50.0 % after step 1 to 40.0 % after step 2.")
 
