@@ -138,7 +138,11 @@ COMMANDS = {
         ("--run_name=RUN", "--logdir=.", *PHOTOGRAPHS), 0, "testing iteration 2 on 2 tasks",
     ),
     "maml --flagfile=RUN/flags": ((), 0, "testing iteration 2 on 2 tasks"),
-    "maml protocol RUN --test_set": (("--num_test_tasks=2", "--test_num_query=1"), 0, "transductive"),
+    "maml protocol RUN --test_set": (
+        ("--num_test_tasks=2", "--test_num_query=1", "--test_num_updates=1"),
+        0,
+        "transductive",
+    ),
     "maml adapt --support=DIR --query=DIR --weights=NAME": (
         ("--support=DIR/test", "--query=DIR/test/e/0.png", "--save=a.keras", "--weights=", "--run=RUN"),
         0,
