@@ -29,6 +29,7 @@ class Maml(Algorithm):
     """MAML of one Keras network; θ is the network's weights, and a task's state its fast weights θ′."""
 
     flags = (Flag("adapt", "all", ADAPT),)
+    constrains = True
 
     def __init__(
         self,
