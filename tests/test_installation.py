@@ -114,8 +114,10 @@ SHORT = (
 )  # fmt: skip
 PHOTOGRAPHS = ("--num_classes=2", "--img_size=16", "--noconv", *SHORT)
 NO_OMNIGLOT, NO_MINI = ((), 2, "Omniglot: "), ((), 2, "mini-ImageNet: not found in ")
+READ = (("--init_from=random", "--metatrain_iterations=0", "--checkpoint=best"), 2, "the best of, got --")
 # {command of the README or of a page: (arguments that make it short, exit code, what it prints)}, in an order
-# in which each finds what it needs. Omniglot and mini-ImageNet are not there; that is found out last.
+# in which each finds what it needs. Omniglot and mini-ImageNet are not there: of each one command comes as
+# far as that, and the flags of the others are read.
 COMMANDS = {
     "maml": (SHORT, 0, "testing iteration 2 on 2 tasks"),
     "maml help": ((), 0, "Commands (maml help COMMAND has their flags)"),
@@ -125,18 +127,22 @@ COMMANDS = {
     "maml reproduce NAME": (("--list",), 2, "expected cells (sinusoid_5shot"),
     "maml reproduce sinusoid_10shot omniglot_5way_1shot": (("--list",), 0, "sinusoid_10shot "),
     "maml --datasource=omniglot": NO_OMNIGLOT,
-    "maml --datasource=omniglot --num_classes=5 --update_batch_size=1": NO_OMNIGLOT,
+    "maml --datasource=omniglot --num_classes=5 --update_batch_size=1": READ,
     "maml --datasource=omniglot --update_batch_size=1 --metatrain_iterations=500 --test_num_updates=3 "
-    "--test_set --mixed_precision": NO_OMNIGLOT,
-    "maml --datasource=miniimagenet --num_classes=5": NO_MINI,
-    "maml --datasource=miniimagenet --num_classes=5 --update_batch_size=1": NO_MINI,
+    "--test_set --mixed_precision": READ,
+    "maml --datasource=miniimagenet --num_classes=5": READ,
+    "maml --datasource=miniimagenet --num_classes=5 --update_batch_size=1": READ,
     "maml prepare miniimagenet": NO_MINI,
     "maml show_episodes --datasource=omniglot --out=episodes.png": NO_OMNIGLOT,
     "maml --datasource=folder --data_dir=DIR --update_batch_size=1": (
         ("--run_name=RUN", "--logdir=.", *PHOTOGRAPHS), 0, "testing iteration 2 on 2 tasks",
     ),
     "maml --flagfile=RUN/flags": ((), 0, "testing iteration 2 on 2 tasks"),
-    "maml protocol RUN --test_set": (("--num_test_tasks=2", "--test_num_query=1"), 0, "transductive"),
+    "maml protocol RUN --test_set": (
+        ("--num_test_tasks=2", "--test_num_query=1", "--test_num_updates=1"),
+        0,
+        "transductive",
+    ),
     "maml adapt --support=DIR --query=DIR --weights=NAME": (
         ("--support=DIR/test", "--query=DIR/test/e/0.png", "--save=a.keras", "--weights=", "--run=RUN"),
         0,
@@ -145,7 +151,7 @@ COMMANDS = {
     "maml adapt --support=photos/support --query=photos/query --weights=NAME": (
         ("--support=DIR/test", "--query=DIR", "--weights=sinusoid_10shot"), 2, "expected weights for images",
     ),
-    "maml --learner=reptile --datasource=omniglot --num_classes=5 --update_batch_size=1": NO_OMNIGLOT,
+    "maml --learner=reptile --datasource=omniglot --num_classes=5 --update_batch_size=1": READ,
     "maml --learner=prototypical --help": ((), 0, "--train_num_classes"),
     "maml compare --learners=maml,fomaml,anil,meta_sgd --metatrain_iterations=5000": (
         ("--learners=maml",), 2, "expected --learners of two names or more",

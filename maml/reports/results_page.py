@@ -147,7 +147,8 @@ def _iterations(entries: Sequence[tuple[Job, dict]], full: int) -> str:
 def _protocol(entry: dict, seeds: int) -> str:
     asked = entry["protocol"]
     classes = f"meta-{'test' if asked['split'] == 'test' else 'validation'} tasks"
-    queries = "query points" if asked["way"] is None else "queries per class"
+    one = asked["query_per_class"] == 1
+    queries = "query points" if asked["way"] is None else f"{'query' if one else 'queries'} per class"
     parts = [f"{asked['tasks']} {classes}", f"{asked['query_per_class']} {queries}"]
     parts += ["transductive"] if asked["transductive"] else []
     order = "first order" if asked["order"] == 1 else "second order"
