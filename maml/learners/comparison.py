@@ -6,13 +6,13 @@ from typing import NamedTuple
 import numpy as np
 import tensorflow as tf
 
-from maml.episodes import EpisodeSpec
+from maml.episodes import Episode, EpisodeSpec
 from maml.errors import UserError
 from maml.learners.losses import accuracy
 from maml.learners.options import check_whole
 from maml.training import given
 from maml.training.given import Episodes
-from maml.training.needs import Needs
+from maml.training.needs import Needs, check_finite
 
 Method = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
 FLIPS = 10_000  # random signs of the paired test
@@ -69,6 +69,8 @@ def evaluate(
         UserError: if there are fewer episodes, or the outputs do not go with the targets.
     """
     check_whole(1, tasks=tasks)
+    if not callable(method):
+        raise UserError(f"method: expected a function of (support_x, support_y, query_x), got {method!r}.")
     needs = Needs("the method", None, None, labels=False, alike=False)
     if given.is_source(episodes):
         source = given.as_source(episodes, needs, spec, split)
@@ -76,15 +78,26 @@ def evaluate(
         stream = (tf.nest.map_structure(lambda x: x[0].numpy(), row) for row in rows)
     else:
         stream = (row for chunk in given.chunks(episodes, lambda _: needs, needs, tasks) for row in chunk)
-    return Scores(np.array([_score(method, *episode) for episode in stream]))
+    return Scores(np.array([_score(method, episode) for episode in stream]))
 
 
-def _score(method: Method, x: np.ndarray, y: np.ndarray, query_x: np.ndarray, query_y: np.ndarray) -> float:
+def _score(method: Method, episode: Episode) -> float:
+    check_finite(episode)
+    x, y, query_x, query_y = episode
     outputs = np.asarray(method(x, y, query_x))
+    if outputs.dtype.kind not in "fiub" or not np.isfinite(outputs).all():
+        raise UserError(
+            f"expected finite numbers of the method, got NaN, infinite or other values ({outputs.dtype})."
+        )
     if query_y.dtype.kind in "iu":
         if outputs.ndim != query_y.ndim + 1 or len(outputs) != len(query_y):
             raise UserError(
                 f"expected logits {(*query_y.shape, 'N')} of the method, got an array {outputs.shape}."
+            )
+        if 1 < outputs.shape[-1] <= query_y.max():
+            raise UserError(
+                f"expected logits of at least {query_y.max() + 1} classes of the method, got "
+                f"{outputs.shape[-1]}."
             )
         return float(accuracy(tf.constant(query_y), tf.constant(outputs)))
     if outputs.size != query_y.size or len(outputs) != len(query_y):
@@ -94,6 +107,8 @@ def _score(method: Method, x: np.ndarray, y: np.ndarray, query_x: np.ndarray, qu
 
 def difference(one: Scores, other: Scores, seed: int = 0) -> Difference:
     """The mean of one minus other, with its paired test; raises UserError if the tasks differ."""
+    if not (isinstance(one, Scores) and isinstance(other, Scores)):
+        raise UserError(f"expected two results of maml.evaluate, got {type(one).__name__} and another.")
     if one.values.shape != other.values.shape:
         raise UserError(f"expected scores of the same tasks, got {len(one.values)} and {len(other.values)}.")
     apart = one.values - other.values

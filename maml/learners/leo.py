@@ -119,6 +119,11 @@ class Leo(Algorithm):
             raise UserError("expected tasks of classes, got a regression. Use a learner as maml or reptile.")
         common["inner_steps"] = inner_unroll_length + finetuning_unroll_length
         super().__init__(network, loss, **common)
+        if len(network.trainable_variables) != len(KERNELS):
+            raise UserError(
+                f"leo: expected the networks of maml.networks.leo.leo, got {network.name!r} with "
+                f"{len(network.trainable_variables)} weights instead of {len(KERNELS)}."
+            )
         self.way, self.unroll = way, inner_unroll_length
         self.dropout_rate, self.kl_weight = dropout_rate, kl_weight
         self.encoder_penalty_weight, self.l2_penalty_weight = encoder_penalty_weight, l2_penalty_weight

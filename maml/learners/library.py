@@ -18,6 +18,7 @@ from maml.learners.options import (
     algorithm_class,
     check_above_zero,
     check_options,
+    check_several,
     check_whole,
     chosen_optimizer,
 )
@@ -126,6 +127,7 @@ class Learner(Workings):
         mapping = dict(vectorize=vectorize, jit_compile=jit_compile, tasks_per_chunk=tasks_per_chunk)
         self._assembly = Assembly(kind, options, common, loss, metrics, mapping)
         check_built(model)
+        check_several(model, loss, metrics, labels)
         self.model = copies.with_exact_norms(model) if swap_norms else model
         self.iteration = 0
         self._position = given.Position()
@@ -320,7 +322,9 @@ class Learner(Workings):
         # Of the query set inputs alone are known: they are checked as a support set's.
         rows = len(tf.nest.flatten(query_x)[0])
         targets = tf.nest.map_structure(lambda y: np.repeat(y[:1], rows, axis=0), y)
-        query = self._needs.fitting((query_x, targets, query_x, targets)).query_x
+        episode = self._needs.fitting((query_x, targets, query_x, targets))
+        check_finite(episode)
+        query = episode.query_x
         outputs = self._predict(x, y, tf.nest.map_structure(tf.convert_to_tensor, query), steps)
         return tf.nest.map_structure(lambda rows: rows.numpy(), outputs)
 

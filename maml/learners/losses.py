@@ -99,9 +99,14 @@ class ScalarLoss:
 def _sum_of(parts: object) -> LossFunction:
     """The sum of the losses of several outputs, a structure like theirs."""
 
+    def listed(structure: object) -> object:
+        return list(structure) if isinstance(structure, tuple) else structure
+
     def losses(targets: object, outputs: object) -> tf.Tensor:
         try:
-            found = tf.nest.map_structure(lambda part, y, out: part(y, out), parts, targets, outputs)
+            found = tf.nest.map_structure(
+                lambda part, y, out: part(y, out), listed(parts), listed(targets), listed(outputs)
+            )
         except (TypeError, ValueError) as error:
             raise UserError(
                 f"loss: expected losses, targets and outputs in the same dict, tuple or list, got others "

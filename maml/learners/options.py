@@ -14,6 +14,7 @@ from maml.errors import UserError
 from maml.learners.base import Algorithm
 from maml.learners.losses import Loss, ScalarLoss
 from maml.networks.checks import is_batched
+from maml.networks.stateless import tensors_of
 from maml.tables import LEARNERS, load
 from maml.training.adam import Adam
 from maml.training.task_map import TaskMap
@@ -65,6 +66,21 @@ def check_options(kind: type[Algorithm], options: dict[str, object]) -> None:
     for name, parameter in own.items():
         if parameter.default is inspect.Parameter.empty and name not in options:
             raise UserError(f"{name}: expected a value, got none. {kind.__name__} has no default for it.")
+
+
+def check_several(model: keras.Model, loss: Loss, metrics: Sequence, labels: bool) -> None:
+    """Raises UserError for a model of several outputs with a single loss, or with what only one can have."""
+    if not isinstance(tensors_of(model, "output"), dict | list | tuple):
+        return
+    if not isinstance(loss, dict | list | tuple):
+        raise UserError(
+            f"loss: expected a dict, tuple or list of losses, as {model.name!r} has outputs, got {loss!r}."
+        )
+    if metrics or labels:
+        raise UserError(
+            f"expected no metrics and no classification of {model.name!r}, which has several outputs, got "
+            f"some. Measure what predict(…) returns."
+        )
 
 
 def chosen_optimizer(

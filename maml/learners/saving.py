@@ -35,7 +35,10 @@ _OURS = {loss.__name__: loss for loss in (mean_squared_error, mean_cross_entropy
 def save(learner: "Learner", path: str | os.PathLike) -> None:
     """Writes a learner into a folder, made where it is missing; see `Learner.save`."""
     folder = pathlib.Path(path)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder}: expected a folder that can be made, got {error}.") from error
     model, optimizer = learner.model, learner.outer.optimizer
     with not_compiled(model):
         model.save(folder / "model.keras")

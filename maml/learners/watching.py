@@ -30,9 +30,11 @@ class Watch:
         every: int,
     ):
         """Sets the callbacks' model: the learner's, whose optimizer is that of the outer loop."""
-        for callback in callbacks:
+        for callback in callbacks if isinstance(callbacks, list | tuple) else [callbacks]:
             if not isinstance(callback, keras.callbacks.Callback):
                 raise UserError(f"callbacks: expected Keras callbacks, got {callback!r}.")
+            if callback is callbacks:
+                raise UserError(f"callbacks: expected a list of callbacks, got {callback!r} alone.")
             if getattr(callback, "mode", None) == "auto" and "accuracy" in getattr(callback, "monitor", ""):
                 callback.mode = "max"  # Keras looks it up in a compiled model
         self._learner, self._validate, self._every = learner, validate, every

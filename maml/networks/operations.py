@@ -99,7 +99,7 @@ def suspects(graph: tf.Graph, model: keras.Model) -> list[str]:
 def missing(error: LookupError) -> str:
     """A line on the operation that TensorFlow's error names as without a derivative."""
     operation = str(error).rsplit(":", 1)[-1].strip().removesuffix("Grad")
-    operation = operation.removesuffix("Backprop").removesuffix("BackpropV3")
+    operation = re.sub("Backprop(V3|Input|Filter)?$", "", operation)
     for kind, (about, remedy) in SUSPECTS.items():
         if kind == operation or kind == f"{operation}V3":
             return f"{about}: {remedy}"

@@ -98,12 +98,17 @@ class TaskMap:
             return tf.vectorized_map(one_task, episodes)
         # With one thread per operation (see `maml.training.devices`) a task per thread is nearly twice as
         # fast on two cores as one task over both.
-        return tf.map_fn(
-            one_task,
-            episodes,
-            fn_output_signature=like,
-            parallel_iterations=tf.config.threading.get_inter_op_parallelism_threads() or 2,
-        )
+        try:
+            return tf.map_fn(
+                one_task,
+                episodes,
+                fn_output_signature=like,
+                parallel_iterations=tf.config.threading.get_inter_op_parallelism_threads() or 2,
+            )
+        except Exception:
+            # Which `tf.map_fn` sets and, after an error, leaves: no strategy's scope could be entered again.
+            tf.compat.v1.get_variable_scope().set_caching_device(None)
+            raise
 
 
 def _some_tasks(episodes: Episode, begin: int | tf.Tensor, count: int) -> Episode:

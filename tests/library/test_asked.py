@@ -84,6 +84,10 @@ def test_a_custom_loss_is_given_again_and_other_folders_are_refused(tmp_path):
     with pytest.raises(UserError, match=r"expected a folder that Learner\.save wrote"):
         Learner.load(tmp_path)
     path = tmp_path / "kept" / "learner.json"
+    with pytest.raises(UserError, match="expected a folder that can be made"):
+        before.save(path)
+    with pytest.raises(UserError, match="leo: expected the networks of"):
+        learner(algorithm="leo", way=3, inner_lr=None)
     path.write_text(json.dumps(json.loads(path.read_text()) | {"version": 99}))
     with pytest.raises(UserError, match="expected version 1, got 99"):
         Learner.load(tmp_path / "kept", loss=loss)
@@ -123,6 +127,8 @@ def test_epochs_and_validation_change_no_bit():
         np.testing.assert_array_equal(a, b)
     with pytest.raises(UserError, match="callbacks: expected Keras callbacks"):
         one.fit(TASKS, iterations=1, callbacks=[print])
+    with pytest.raises(UserError, match="callbacks: expected a list"):
+        one.fit(TASKS, iterations=1, callbacks=keras.callbacks.TerminateOnNaN())
 
 
 # --- Unequal tasks, several inputs and outputs -----------------------------------------------------
@@ -173,6 +179,12 @@ def test_several_inputs_and_outputs_by_name():
     assert found.check_gradient(tasks[0]).is_right
     assert found.fit(tasks, iterations=2)["query_loss"].shape == (2,)
     assert set(found.adapt(x, y)(query_x)) == {"kind", "size"}
+    for options, message in (
+        ({"loss": "mse"}, "expected a dict, tuple or list of losses, as"),
+        ({"loss": losses, "metrics": ["mae"]}, "expected no metrics and no classification"),
+    ):
+        with pytest.raises(UserError, match=message):
+            Learner(model, inner_lr=0.1, **options)
     with pytest.raises(UserError, match=r"expected a dict of image, words, got support inputs \['image'\]"):
         found.adapt({"image": x["image"]}, y)
 
@@ -194,7 +206,15 @@ def test_a_method_of_ones_own_on_the_same_episodes():
     own = maml.evaluate(nearest_mean, TASKS, tasks=7)
     apart = maml.difference(theirs, own)
     assert apart.mean == pytest.approx(theirs.mean - own.mean)
-    with pytest.raises(UserError, match="expected logits"):
+    with pytest.raises(UserError, match="expected finite numbers of the method, got NaN"):
+        maml.evaluate(lambda *task: nearest_mean(*task) * np.nan, TASKS, tasks=1)
+    with pytest.raises(UserError, match="expected logits of at least 3 classes"):
+        maml.evaluate(lambda *task: nearest_mean(*task)[:, :2], TASKS, tasks=1)
+    with pytest.raises(UserError, match="method: expected a function"):
+        maml.evaluate("nearest", TASKS, tasks=1)
+    with pytest.raises(UserError, match="expected two results"):
+        maml.difference([1.0], [0.0])
+    with pytest.raises(UserError, match=r"expected logits \(9, 'N'\)"):
         maml.evaluate(lambda x, y, query_x: query_x[:, 0], TASKS, tasks=1)
 
 

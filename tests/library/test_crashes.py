@@ -195,6 +195,8 @@ def test_values_that_are_not_numbers_are_refused_in_all_calls(part):
         lambda: learner.check_gradient(episode),
     ]
     calls += [lambda: learner.adapt(*episode[:2])] * (part == 0)
+    calls += [lambda: learner.predict(*episode[:3])]
+    calls += [lambda: maml.evaluate(learner.predict, [episode], tasks=1)]
     for call in calls:
         with pytest.raises(UserError, match=r"got NaN or infinite values in (support|query) inputs"):
             call()

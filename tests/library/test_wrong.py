@@ -110,6 +110,8 @@ def test_missing_derivatives_are_named_where_the_gradient_is_not_checked():
     learner = Learner(image_model(dilated), LOGITS, inner_lr=0.1)
     with pytest.raises(UserError, match=r"has an operation without the derivatives .*dilation: use MaxPool"):
         learner.fit([IMAGES], iterations=1, meta_batch=1, check=False)
+    with tf.distribute.OneDeviceStrategy("CPU:0").scope():  # which TensorFlow's failed loop would not let in
+        pass
 
 
 def test_a_copy_that_forgets_is_refused():
