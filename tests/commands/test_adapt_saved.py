@@ -111,15 +111,18 @@ def asked():
     from maml.settings.flags import define_own
 
     define_own(FLAGS, "Of this command", *COMMANDS["adapt"].flags)
-    names = ("save", "export", "prototypes")
-    before = {name: getattr(FLAGS, name) for name in names}
+    parsed = FLAGS.is_parsed()
+    FLAGS.mark_as_parsed()
 
     def ask(**values) -> None:
-        for name in names:
-            setattr(FLAGS, name, values.get(name, before[name]))
+        for name in ("save", "export", "prototypes"):
+            FLAGS[name].value = values.get(name, FLAGS[name].default)
 
+    ask()
     yield ask
     ask()
+    if not parsed:
+        FLAGS.unparse_flags()
 
 
 def test_where_a_classifier_cannot_be_written_is_known_beforehand(asked, tmp_path):

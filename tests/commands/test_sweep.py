@@ -277,7 +277,9 @@ def test_the_sweeps_that_come_along_can_be_planned(path):
     assert len({c.job.settings.test_num_query for c in combinations}) == 1
 
 
-def test_one_network_fits_both_domains_and_the_commands_in_the_comment_can_be_planned():
+def test_one_network_fits_both_domains_and_the_commands_in_the_comment_can_be_planned(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "RUN").mkdir()
     _, own, base = shipped(CROSS_DOMAIN)
     assert not own
     comment = CROSS_DOMAIN.read_text().replace("\\\n#", "")
