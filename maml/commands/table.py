@@ -222,9 +222,9 @@ their classes and splits, as `--datasource=embeddings --data_dir=FILE.npz` takes
         usage="""Compares learners: `maml compare --learners=maml,fomaml,reptile --datasource=omniglot`.
 
 Each is trained with the flags given and, for the others, its own paper's values, unless that is done already.
-Then all are tested on the same episodes, as the flags say or else as the first learner's paper does. The table
-has the differences to the first, paired by task, with 95 % intervals; iterations, weights, time per iteration,
-peak memory, and the papers' figures. On the sinusoid a figure shows all of them on the same tasks.
+Then all are tested on the same episodes: those of the flags or else of the first learner's paper. The table
+has the differences to the first, paired by task, with 95 % intervals; iterations, weights, time per
+iteration, peak memory, and the papers' figures. On the sinusoid a figure shows all on the same tasks.
 """,
         check="maml.commands.arguments:compare",
         work="maml.commands.compare:compare",

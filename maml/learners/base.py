@@ -65,6 +65,8 @@ class Algorithm:
         sequential: whether the tasks of a meta-batch are computed one after the other, each with the
             `state_variables` that the one before it left; else each with those of before the meta-batch, and
             means over the tasks are kept.
+        unlabeled: whether it learns from `SemiSupervisedEpisode`s too.
+        described: shape [None, …] of the support set's inputs, where these are not the network's.
         inner_steps: inner steps in training.
         iteration: int64 variable, the outer updates made before the present one; set by the outer loop.
     """
@@ -72,6 +74,8 @@ class Algorithm:
     flags: ClassVar[Sequence] = ()
     backbone: ClassVar[bool] = False
     sequential: ClassVar[bool] = False
+    unlabeled: ClassVar[bool] = False
+    described: Any = None
     result = TaskGradient
 
     def __init__(

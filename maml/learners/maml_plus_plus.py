@@ -39,6 +39,7 @@ class _State(NamedTuple):
     row: tf.Tensor
 
 
+@keras.saving.register_keras_serializable("maml")
 class CosineByEpoch(keras.optimizers.schedules.LearningRateSchedule):
     """CA: from `first` to `last` on half a cosine over `epochs`, constant within an epoch; float64."""
 

@@ -40,6 +40,7 @@ class _State(NamedTuple):
     number: tf.Tensor
 
 
+@keras.saving.register_keras_serializable("maml")
 class LinearDecay(keras.optimizers.schedules.LearningRateSchedule):
     """From `first` to `last` in float64, which iteration `iterations` would have."""
 
