@@ -1,7 +1,7 @@
 """Programs of ours in processes of their own that need not load TensorFlow: their parent has.
 
 That takes half the time of a short run. The start of a process is the user's own only where
-`tests.test_cli.python` starts it; each of our commands is tested in that way too.
+`tests.command_line.python` starts it; each of our commands is tested in that way too.
 """
 
 import multiprocessing

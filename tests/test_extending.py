@@ -21,7 +21,7 @@ from maml.runs.load import load_run
 from maml.runs.train import train
 from maml.settings.own import Flag
 from maml.settings.settings import Settings, parse
-from tests.test_cli import ROOT, python
+from tests.command_line import ROOT, python
 
 PAGE = ROOT / "docs" / "extending.md"
 FILES = {"sign_maml", "gratings", "three_convolutions"}

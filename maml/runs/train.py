@@ -1,6 +1,7 @@
 """Trains a run: streams meta-batches, logs, validates, saves, resumes."""
 
 import collections
+from collections.abc import Iterator
 from typing import Protocol
 
 import numpy as np
@@ -60,67 +61,101 @@ def train(
     Raises:
         Failure: if the folder cannot be written to, or a loss or the meta-gradient is not finite.
     """
-    spec, watcher = train_spec(settings), watcher or Unwatched()
-    data.check(spec, "train")
-    algorithm = phases[-1].outer.algorithm
-    validating = run.chief and _can_validate(data, settings)
-
-    def validate() -> str:
-        result = measured(algorithm, data, settings, split="val", tasks=VALIDATION_TASKS)
-        watcher.validated(result)
-        run.record_validation(validation_row(result))
-        return _validation_line(settings, result, int(run.iteration))
-
-    iteration = first_iteration = int(run.iteration)
-    blocks = Waiting(
-        stream(
-            data,
-            spec,
-            "train",
-            meta_batch=settings.meta_batch_size,
-            length=phases[-1].block_length,
-            begin=iteration,
-        )
-    )
-    missed = validating and iteration and iteration not in validations(run.dir)
-    if missed and _is_due(iteration, settings):
-        validate()  # the run was stopped between saving and validating
-    window = _Window()
-    progress = Progress(iteration, settings.iterations, {p.name: _per_example(p, spec) for p in phases})
+    data.check(train_spec(settings), "train")
+    training = _Training(settings, phases, data, run, watcher or Unwatched())
+    training.validate_if_missed()
     with put_off_interruption() as interruption:
-        for update in updates(phases, blocks, begin=iteration, pauses=(settings.save_interval, LOG_INTERVAL)):
-            iteration = update.iteration
-            run.iteration.assign(iteration)
-            window.add(update)
-            if update.failed is not None:
-                run.save()
-                raise Failure(not_finite(update.phase, update.failed, run))
-            progress.advance(update)
+        for update in training.updates():
             stopping = interruption.signal is not None  # a signal from here on is for the next iteration
-            saving = stopping or _is_due(iteration, settings)
-            if saving or iteration % LOG_INTERVAL == 0 or iteration == update.phase.end:
-                watcher.trained(update.phase, *window.emptied(), progress.rate())
-            if saving:
-                run.save()
-            if _is_due(iteration, settings):
-                if validating:
-                    progress.say(validate())
-                run.prune()
+            training.take(update, stopping)
             if stopping:
                 break
-    progress.close()
+    training.progress.close()
     interruption.answer(
-        f"stopped at iteration {iteration} of {settings.iterations}, which is saved in {run.dir}; the same "
-        f"command resumes from there"
+        f"stopped at iteration {int(run.iteration)} of {settings.iterations}, which is saved in {run.dir}; "
+        f"the same command resumes from there"
     )
-    if not settings.iterations:
-        run.save()  # weights of another run, to be tested as they are
-    each = progress.seconds_per_iteration()
-    if run.chief and each is not None:
-        with run.writing("write cost.json"):
-            write_cost(run.dir, each)
-    if iteration > first_iteration:
-        print(f"training waited for data {blocks.seconds / progress.seconds():.2%} of the time", flush=True)
+    training.conclude()
+
+
+class _Training:
+    """A training under way: what happens at an iteration, and after the last."""
+
+    def __init__(
+        self, settings: Settings, phases: list[Phase], data: EpisodeSource, run: Run, watcher: Watcher
+    ):
+        self._settings, self._phases, self._data, self._run = settings, phases, data, run
+        self._watcher = watcher
+        self._validating = run.chief and _can_validate(data, settings)
+        self._first = int(run.iteration)
+        self._window = _Window()
+        spec = train_spec(settings)
+        self._blocks = Waiting(
+            stream(
+                data,
+                spec,
+                "train",
+                meta_batch=settings.meta_batch_size,
+                length=phases[-1].block_length,
+                begin=self._first,
+            )
+        )
+        each = {phase.name: _per_example(phase, spec) for phase in phases}
+        self.progress = Progress(self._first, settings.iterations, each)
+
+    def updates(self) -> Iterator[Update]:
+        """The updates from the run's iteration to the last, which end where something is to be written."""
+        pauses = (self._settings.save_interval, LOG_INTERVAL)
+        return updates(self._phases, self._blocks, begin=self._first, pauses=pauses)
+
+    def validate_if_missed(self) -> None:
+        """Validates now if the run was stopped between saving and validating."""
+        if self._validating and self._first and self._first not in validations(self._run.dir):
+            self._validate()
+
+    def take(self, update: Update, stopping: bool) -> None:
+        """Logs, saves and validates an update as is due; one before which a signal came is saved.
+
+        Raises:
+            Failure: if the update is not finite.
+        """
+        iteration, run = update.iteration, self._run
+        run.iteration.assign(iteration)
+        self._window.add(update)
+        if update.failed is not None:
+            run.save()
+            raise Failure(not_finite(update.phase, update.failed, run))
+        self.progress.advance(update)
+        due = _is_due(iteration, self._settings)
+        saving = stopping or due
+        if saving or iteration % LOG_INTERVAL == 0 or iteration == update.phase.end:
+            self._watcher.trained(update.phase, *self._window.emptied(), self.progress.rate())
+        if saving:
+            run.save()
+        if due:
+            if self._validating:
+                self.progress.say(self._validate())
+            run.prune()
+
+    def conclude(self) -> None:
+        """Writes the cost of an iteration and prints how long training waited for data."""
+        run = self._run
+        if not self._settings.iterations:
+            run.save()  # weights of another run, to be tested as they are
+        each = self.progress.seconds_per_iteration()
+        if run.chief and each is not None:
+            with run.writing("write cost.json"):
+                write_cost(run.dir, each)
+        if int(run.iteration) > self._first:
+            waited = self._blocks.seconds / self.progress.seconds()
+            print(f"training waited for data {waited:.2%} of the time", flush=True)
+
+    def _validate(self) -> str:
+        algorithm = self._phases[-1].outer.algorithm
+        result = measured(algorithm, self._data, self._settings, split="val", tasks=VALIDATION_TASKS)
+        self._watcher.validated(result)
+        self._run.record_validation(validation_row(result))
+        return _validation_line(self._settings, result, int(self._run.iteration))
 
 
 def measured(

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from maml.datasets import miniimagenet
+from tests.datasets.test_sources import zipped
 from tests.reliability.test_bad_data import IMAGES, RED, good, photos, refused
 from tests.reliability.test_bad_flags import assert_whole
-from tests.test_sources import zipped
 
 # --- tar ----------------------------------------------------------------------------------------------
 

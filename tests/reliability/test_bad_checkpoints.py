@@ -13,8 +13,8 @@ from maml.runs import data as run_data
 from maml.runs.folder import Run
 from maml.settings.settings import parse
 from tests import forked
+from tests.command_line import ROOT
 from tests.learning import Meta
-from tests.test_cli import ROOT
 
 SHAPES = {"sinusoid": (1,), "omniglot": (28, 28, 1)}
 

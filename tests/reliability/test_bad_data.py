@@ -17,8 +17,8 @@ from maml.runs import build
 from maml.runs import data as run_data
 from maml.settings.settings import parse
 from tests import forked
+from tests.datasets.test_sources import NOISE, encoded, photograph, truncated, written
 from tests.reliability.test_bad_flags import assert_whole
-from tests.test_sources import NOISE, encoded, photograph, truncated, written
 
 RED = photograph("red", "png", size=(20, 20))
 

@@ -8,7 +8,7 @@ from maml.errors import UserError
 from maml.settings.flags import of_settings
 from maml.settings.parsing import LARGEST
 from maml.settings.settings import FLAGS, as_flagfile, parse
-from tests.test_cli import ROOT, python
+from tests.command_line import ROOT, python
 
 EXPECTED = re.compile(r"\b(expected|needed)\b", re.IGNORECASE)
 ADVICE = re.compile(

@@ -1,8 +1,8 @@
 """Same seed, same machine: same bits. And what else changes them, with the size of it.
 
 `python -m tests.reliability.test_determinism` prints the tables of docs/determinism.md (in a quarter of an
-hour on two cores; MAML_DATA_DIR names the folder that holds omniglot/). That a run which is stopped and gone
-on with has the bits of one that never stopped, and that its flagfile repeats it, is in tests/test_cli.py.
+hour on two cores; MAML_DATA_DIR names the folder that holds omniglot/). tests/commands/test_cli.py shows that
+a resumed run has the bits of one that never stopped, and that its flagfile repeats it.
 """
 
 import json
@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from tests.test_cli import ROOT, SINUSOID, TINY, assert_same_state, checkpoint, maml, python
+from tests.command_line import ROOT, SINUSOID, TINY, assert_same_state, checkpoint, maml, python
 
 OMNIGLOT = "cls_5.mbs_3.ubs_1.numstep1.updatelr0.4batchnorm"
 AFTER = (1, 10, 100)  # iterations

@@ -17,8 +17,8 @@ from maml.datasets.folder import load_photographs
 from maml.datasets.images import archives
 from maml.errors import UserError
 from tests import forked
-from tests.test_miniimagenet import add
-from tests.test_sources import good, load, written
+from tests.datasets.test_miniimagenet import add
+from tests.datasets.test_sources import good, load, written
 
 LARGE = archives.LARGEST + 1
 

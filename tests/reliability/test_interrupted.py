@@ -12,10 +12,10 @@ import tensorflow as tf
 
 from maml.runs.files import saved_iterations
 from tests import forked
+from tests.command_line import SINUSOID, assert_same_state, checkpoint, python
 from tests.forked import Program
-from tests.test_cli import SINUSOID, assert_same_state, checkpoint, python
 
-ITERATIONS, MORE = 2000, 4000
+ITERATIONS, MORE = 1000, 4000
 FLAGS = ("--update_batch_size=5", "--num_test_tasks=4", "--save_interval=50", "--test_num_updates=3")
 
 

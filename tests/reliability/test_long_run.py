@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from tests.test_cli import ROOT, SINUSOID
+from tests.command_line import ROOT, SINUSOID
 
 ITERATIONS, SAVED_EVERY = 100_000, 1_000
 SECONDS_PER_SAMPLE = 0.25

@@ -16,9 +16,9 @@ from maml.runs.folder import Run
 from maml.runs.train import train
 from maml.settings.settings import parse
 from maml.training import evaluate
+from tests.command_line import maml
 from tests.learning import Meta
 from tests.reliability.test_interrupted import curves
-from tests.test_cli import maml
 
 BAD = 137 * 25 + 4  # an episode of iteration 137
 

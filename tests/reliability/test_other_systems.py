@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.test_cli import SINUSOID, python
+from tests.command_line import SINUSOID, python
 
 # As Python on Windows has it: these names do not exist, folders cannot be opened, and every folder looks
 # writable for all. The last is real here: the cache is made so.

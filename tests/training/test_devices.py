@@ -168,7 +168,7 @@ def ended(process: Program, expect: int = 0) -> tuple[str, str]:
 
 
 def test_two_devices_train_like_one_and_exchange_checkpoints(tmp_path):
-    out, _ = ended(Program("-m", "tests.test_devices", str(tmp_path)))
+    out, _ = ended(Program("-m", "tests.training.test_devices", str(tmp_path)))
     assert "mlp trains the same" in out and "checkpoints pass both ways" in out
 
 

@@ -8,8 +8,8 @@ import pytest
 
 import maml
 from maml import BatchNorm, LayerNorm, LayerNormalization, Learner, UserError
+from tests.learners.test_meta_gradient import TOLERANCE, deviations
 from tests.learning import Meta
-from tests.test_meta_gradient import TOLERANCE, deviations
 
 import keras  # isort: skip
 import tensorflow as tf  # isort: skip

@@ -20,7 +20,7 @@ from maml.settings.own import DEFAULT_LEARNER, Flag, flags_of
 from maml.settings.settings import as_flagfile, parse
 from maml.training.adam import Adam
 from tests import forked
-from tests.test_cli import assert_same_state, checkpoint, python
+from tests.command_line import assert_same_state, checkpoint, python
 
 TOY = "toy_learner:Damped"
 

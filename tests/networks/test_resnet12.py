@@ -8,7 +8,7 @@ from maml.networks.resnet12 import WIDE, resnet12
 from maml.networks.stateless import adapted_weights
 from maml.runs.build import build_network
 from maml.settings.settings import parse
-from tests import test_meta_gradient as differences
+from tests.learners import test_meta_gradient as differences
 
 import keras  # isort: skip
 import tensorflow as tf  # isort: skip

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from maml.runs import files
-from tests.test_cli import SINUSOID, TINY, assert_same_state, checkpoint, maml
+from tests.command_line import SINUSOID, TINY, assert_same_state, checkpoint, maml
 
 
 @pytest.fixture(scope="module")

@@ -16,8 +16,8 @@ from maml.networks.conv4 import conv4
 from maml.runs import build
 from maml.settings.settings import Settings
 from tests import forked
+from tests.command_line import python
 from tests.learning import Meta
-from tests.test_cli import python
 
 # name: (settings of a small task of the kind, TASKS of them)
 SMALL = {
@@ -259,7 +259,7 @@ LONG = [pytest.mark.long]
 def test_speed_of_a_call(benchmark, workload, order):
     """Not timed in the gate; to see whether a change made us slower, on a quiet machine, before and after:
 
-    python -m pytest tests/test_speed.py -k speed_of -m "" --benchmark-enable --benchmark-autosave
+    python -m pytest tests/training/test_speed.py -k speed_of -m "" --benchmark-enable --benchmark-autosave
     pytest-benchmark compare
     """
     timed = speed_worker.blocks(workload_settings(workload, order))

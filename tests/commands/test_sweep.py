@@ -19,7 +19,7 @@ from maml.reports import sweep_page
 from maml.runs import grid as grids
 from maml.settings import jobs
 from tests import forked
-from tests.test_cli import ROOT, python
+from tests.command_line import ROOT, python
 
 TINY = ("--metatrain_iterations=200", "--save_interval=100", "--num_test_tasks=10", "--test_num_updates=3")
 RUN = "cls_5.mbs_25.ubs_{}.numstep1.updatelr0.001nonorm"

@@ -22,7 +22,7 @@ from maml.settings import flags, help, jobs, parsing
 from maml.settings.flags import of_settings
 from maml.settings.settings import FLAGS, Settings, parse
 from tests import forked
-from tests.test_cli import ROOT, SINUSOID, python
+from tests.command_line import ROOT, SINUSOID, python
 
 FLAG = re.compile(r"^  --(?:\[no\])?(\w+)", re.MULTILINE)
 OURS = {topic: FLAGS.flags_by_module_dict()[topic] for topic in flags.TOPICS}

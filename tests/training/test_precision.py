@@ -15,7 +15,7 @@ from maml.settings.settings import parse
 from maml.training import devices
 from maml.training.task_map import TaskMap
 from tests.learning import Meta
-from tests.test_devices import assert_same, learner, meta_batch
+from tests.training.test_devices import assert_same, learner, meta_batch
 
 NETWORKS = {
     "mlp": lambda: mlp((4, 4, 1), 3, hidden=(5,)),

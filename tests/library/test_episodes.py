@@ -11,7 +11,7 @@ from maml.learners.losses import ScalarLoss, check_outputs, takes_labels
 from maml.networks.operations import last_operation, traced
 from maml.training.given import Position, given_blocks, source_blocks
 from maml.training.needs import Needs
-from tests.test_library_layers import LOGITS, WAY, episodes, network
+from tests.library.test_layers import LOGITS, WAY, episodes, network
 
 import keras  # isort: skip
 import tensorflow as tf  # isort: skip

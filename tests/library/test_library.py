@@ -19,13 +19,13 @@ from maml.runs import build
 from maml.runs.folder import Run
 from maml.settings.settings import parse
 from tests.learning import Meta
-from tests.test_library_layers import KINDS, LOGITS, episodes, meta_batch, network
+from tests.library.test_layers import KINDS, LOGITS, episodes, meta_batch, network
 
 import keras  # isort: skip
 import tensorflow as tf  # isort: skip
 
 L = keras.layers
-ROOT = pathlib.Path(__file__).parent.parent
+ROOT = pathlib.Path(__file__).parent.parent.parent
 
 # --- The same as the program --------------------------------------------------------------------------
 

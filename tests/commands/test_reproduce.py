@@ -14,7 +14,7 @@ from maml.reports.published import CELLS, Figure
 from maml.settings import jobs
 from maml.settings.settings import parse
 from tests import forked
-from tests.test_cli import ROOT
+from tests.command_line import ROOT
 
 SINUSOID = {"datasource": "sinusoid", "norm": "None", "meta_batch_size": 25}
 FINE_TUNING = {5: 0.01, 10: 0.02, 20: 0.02}  # the step sizes in the paper's figures of the baseline

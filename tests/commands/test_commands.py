@@ -14,7 +14,7 @@ from maml.datasets.image_classes import ClassImages, ImageClasses
 from maml.episodes import EpisodeSpec
 from maml.reports import episode_pictures
 from tests import forked
-from tests.test_cli import python
+from tests.command_line import python
 
 
 def command(

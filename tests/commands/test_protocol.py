@@ -12,7 +12,7 @@ import pytest
 from maml.errors import UserError
 from maml.runs import load
 from tests import forked
-from tests.test_cli import maml, python
+from tests.command_line import maml, python
 
 SINUSOID = "cls_5.mbs_25.ubs_4.numstep1.updatelr0.001nonorm"
 OMNIGLOT = "cls_5.mbs_2.ubs_6.numstep1.updatelr0.4hidden8batchnorm"
