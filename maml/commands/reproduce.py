@@ -4,13 +4,15 @@ import pathlib
 from collections.abc import Sequence
 
 from maml.commands import launch
+from maml.commands.list import table_of_cells
 from maml.errors import UserError
 from maml.reports import results_page
-from maml.reports.published import CELLS
+from maml.reports.published import CELLS, MAML_CELLS
 from maml.runs import files, results
 from maml.settings import jobs as job_settings
 from maml.settings import parsing
 from maml.settings.jobs import Job
+from maml.settings.own import DEFAULT_LEARNER
 from maml.settings.settings import FLAGS, parse
 
 
@@ -93,10 +95,32 @@ def _further(job: Job) -> int | None:
     return trained if trained > settings.iterations else None
 
 
+def named(names: Sequence[str]) -> list[str]:
+    """The cells of these names, of cells or of learners; of none, those of MAML.
+
+    Raises:
+        UserError: for a name that is neither.
+    """
+    found = {name: [name] if name in CELLS else cells_of(name) for name in names or [DEFAULT_LEARNER]}
+    if unknown := [name for name, cells in found.items() if not cells]:
+        raise UserError(
+            f"expected cells ({', '.join(MAML_CELLS)}, …) or learners that have some, got "
+            f"{', '.join(unknown)}. See --list."
+        )
+    return list(dict.fromkeys(cell for cells in found.values() for cell in cells))
+
+
+def cells_of(learner: str) -> list[str]:
+    """The cells of a learner."""
+    return [name for name, cell in CELLS.items() if cell.learner == learner]
+
+
 def reproduce_asked(cells: list[str]) -> None:
-    """Runs the cells that the command line names, or all, as its flags say."""
-    if unknown := [cell for cell in cells if cell not in CELLS]:
-        raise UserError(f"expected cells ({', '.join(CELLS)}), got {', '.join(unknown)}.")
+    """Runs, or lists, the cells that the command line names, as its flags say."""
+    asked = named(cells)
+    if FLAGS.list:
+        print(table_of_cells(asked if cells else CELLS))
+        return
     if not 0 < FLAGS.scale <= 1:
         raise UserError(f"expected a number above 0 and at most 1, got --scale={FLAGS.scale}.")
     results_dir = pathlib.Path(FLAGS.results_dir or "results")
@@ -104,7 +128,7 @@ def reproduce_asked(cells: list[str]) -> None:
         results_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--results_dir: cannot write to {results_dir} ({error.strerror}).") from error
-    failures = reproduce(cells or list(CELLS), scale=FLAGS.scale, seeds=FLAGS.seeds, results_dir=results_dir)
+    failures = reproduce(asked, scale=FLAGS.scale, seeds=FLAGS.seeds, results_dir=results_dir)
     print(f"\nwrote {results_dir / 'RESULTS.md'}, results.csv and the figures in {results_dir}")
     if failures:
         raise UserError("not all cells could be run:\n  " + "\n  ".join(failures))

@@ -139,21 +139,22 @@ are those of the run folder, then those of the command line; every figure is the
         operands="run folder",
     ),
     "reproduce": Command(
-        about="runs the paper's experiments; a page of results",
-        usage="""Runs the paper's experiments: `maml reproduce [CELL …]`, all of them or those named.
+        about="runs the papers' experiments; a page of results",
+        usage="""Runs the papers' experiments: `maml reproduce [CELL|LEARNER …]`, MAML's or those named.
 
-A cell is a flagfile in `flags/`. Each is trained if it is missing, resumed if it is unfinished, and tested; a
-page, a table and figures are written to `results/` after each. Flags of a run given here hold for every cell
-(`--num_test_tasks=6000`, `--logdir=…`).
+A cell is a flagfile in `flags/`; a learner's name stands for all of its. Each is trained if it is missing,
+resumed if it is unfinished, and tested; a page, a table and figures are written to `results/` after each.
+Flags of a run given here hold for every cell (`--num_test_tasks=6000`, `--logdir=…`).
 """,
         work="maml.commands.reproduce:reproduce_asked",
         flags=(
+            Flag("list", False, "print the cells with the papers' figures, and end"),
             Flag("scale", 1.0, "runs every cell for this part of its iterations"),
             Flag("seeds", 1, "runs of each cell, with seeds 0, 1, …", lower=1),
             Flag("results_dir", None, "folder for RESULTS.md, results.csv and the figures [results]"),
         ),
         otherwise="the cell's",
-        operands="cells",
+        operands="cells or learners",
         any_number=True,
         interrupted=REPEATABLE,
     ),
