@@ -32,6 +32,7 @@ def job(cell: str, scale: float, overrides: Sequence[str] = ()) -> Job:
     Raises:
         UserError: if `maml` would reject them.
     """
+    overrides = job_settings.read_by(CELLS[cell].learner, overrides)
     asked = parse([f"--flagfile={flagfile(cell)}", *overrides])
     arguments = [f"--flagfile={flagfile(cell)}", *overrides]
     if asked.dataset.is_data_dir:

@@ -136,6 +136,11 @@ class Algorithm:
         return None
 
     @classmethod
+    def is_scheduled(cls, settings: "Settings") -> bool:
+        """Whether the step size of `meta_optimizer` goes over the run's iterations."""
+        return False
+
+    @classmethod
     def network_options(cls, settings: "Settings") -> dict[str, object]:
         """Keyword arguments of the network, beside those that the settings come to, as of `conv4`."""
         return {}
@@ -189,6 +194,10 @@ class Algorithm:
         if self.clip is None:
             return gradient
         return [tf.clip_by_value(g, -self.clip, self.clip) for g in gradient]
+
+    def instead_of_not_finite(self, theta: Weights) -> Weights | None:
+        """The meta-gradient where a loss or the meta-gradient is not finite; None: the run's `--on_nan`."""
+        return None
 
     def measure_specs(self) -> dict[str, tf.TensorSpec]:
         """Names, shapes and types of the measures of `task_gradient`.

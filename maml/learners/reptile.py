@@ -166,6 +166,12 @@ class Reptile(Algorithm):
         values = cls.own_flags(settings)
         return cls.outer_optimizer(values["meta_step"], values["meta_step_final"], settings.iterations)
 
+    @classmethod
+    def is_scheduled(cls, settings: "Settings") -> bool:
+        """Whether ε changes on the way from the first iteration to the last."""
+        values = cls.own_flags(settings)
+        return values["meta_step"] != values["meta_step_final"]
+
     @staticmethod
     def outer_optimizer(meta_step: float, meta_step_final: float, iterations: int) -> keras.optimizers.SGD:
         """SGD of rate ε, which falls linearly from `meta_step` to `meta_step_final` in these iterations."""
