@@ -62,7 +62,7 @@ setuptools.setup(
     packages=[*setuptools.find_packages(include=["maml", "maml.*"]), "maml.mini_imagenet", "maml.flagfiles"],
     package_dir={"maml.mini_imagenet": "data/mini_imagenet", "maml.flagfiles": "flags"},
     package_data={
-        "maml": ["py.typed"],
+        "maml": ["py.typed", "weights/*.h5", "weights/*.json"],
         "maml.flagfiles": ["*.flags", "sweeps/*.flags"],
         "maml.mini_imagenet": ["splits/*", "*.bib", "*.md", "*.tsv", "*.txt"],
     },
@@ -81,6 +81,7 @@ setuptools.setup(
     ],
     extras_require={
         "docs": ["mkdocs>=1.6.1", "mkdocs-material>=9.8", "mkdocstrings-python>=2", "ruff==0.17.5"],
+        "onnx": ["onnx>=1.17", "onnxruntime>=1.20", "tf2onnx>=1.17"],
         "test": [
             "hypothesis>=6",
             "import-linter>=2",

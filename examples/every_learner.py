@@ -62,13 +62,13 @@ TOYS: Mapping[str, Toy] = {
     "anil": _MAML,
     "boil": _MAML,
     "meta_sgd": Toy({"alpha_low": 0.1, "alpha_high": 0.4}),
-    "maml_plus_plus": Toy(_STEP | {"inner_steps": 2, "msl_epochs": 2, "da_epoch": 1, "iters_per_epoch": 100}),
+    "maml_plus_plus": Toy(_STEP | {"inner_steps": 2, "msl_epochs": 2, "da": False, "iters_per_epoch": 100}),
     "reptile": Toy(
         {"inner_lr": 0.02, "inner_iters": 5, "inner_batch": 10, "eval_batch": 10},
         outer=lambda iterations: Reptile.outer_optimizer(1.0, 0.0, iterations),
     ),
     "leo": Toy(
-        {"way": SPEC.way, "inner_unroll_length": 2, "finetuning_unroll_length": 1, "dropout_rate": 0.0}
+        {"way": SPEC.way, "inner_unroll_length": 1, "finetuning_unroll_length": 1, "dropout_rate": 0.0}
     ),
     "prototypical": _METRIC,
     "semi_prototypical": _METRIC._replace(points=PartlyLabeled),

@@ -37,6 +37,7 @@ _HOMES = {
     "cross_entropy": "learners.losses",
     "difference": "learners.comparison",
     "evaluate": "learners.comparison",
+    "load_pretrained": "runs.load",
     "load_run": "runs.load",
     "mean_squared_error": "learners.losses",
     "mlp": "networks.mlp",
@@ -65,6 +66,7 @@ if TYPE_CHECKING:
     from maml.networks.layers import MovingBatchNorm as MovingBatchNorm
     from maml.networks.mlp import mlp as mlp
     from maml.networks.resnet12 import resnet12 as resnet12
+    from maml.runs.load import load_pretrained as load_pretrained
     from maml.runs.load import load_run as load_run
     from maml.training.evaluate import series as series
 

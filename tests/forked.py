@@ -22,15 +22,26 @@ class Program:
 
     Args:
         arguments: as after `python`: a file, or "-m" and a module, and the program's own.
+        folder: the current folder.
+        package: a folder that holds `maml`, in the place of the checkout.
         environment: on top of that of the tests.
     """
 
-    def __init__(self, *arguments: str, **environment: str):
+    def __init__(
+        self,
+        *arguments: str,
+        folder: pathlib.Path = ROOT,
+        package: pathlib.Path | None = None,
+        **environment: str,
+    ):
         inherited = {name: value for name, value in os.environ.items() if not name.startswith("TF_")}
         self._folder = tempfile.TemporaryDirectory()
         outputs = [os.path.join(self._folder.name, name) for name in ("stdout", "stderr")]
+        if package:
+            environment["PYTHONPATH"] = str(package)
+        places = str(folder), package and str(package)
         self._process = _server.Process(
-            target=_run, args=(arguments, inherited | environment, outputs), daemon=True
+            target=_run, args=(arguments, inherited | environment, outputs, *places), daemon=True
         )
         self._process.start()
         self._outputs = [pathlib.Path(path) for path in outputs]
@@ -57,10 +68,15 @@ class Program:
 
 
 def run(
-    *arguments: str, expect: int = 0, timeout: float = 300, **environment: str
+    *arguments: str,
+    expect: int = 0,
+    timeout: float = 300,
+    folder: pathlib.Path = ROOT,
+    package: pathlib.Path | None = None,
+    **environment: str,
 ) -> subprocess.CompletedProcess:
-    """Runs a program to its end, which must be that expected, and no traceback."""
-    program = Program(*arguments, **environment)
+    """Runs a program to its end, which must be that expected, and no traceback; see `Program`."""
+    program = Program(*arguments, folder=folder, package=package, **environment)
     try:
         stdout, stderr = program.communicate(timeout)
     finally:
@@ -70,9 +86,18 @@ def run(
     return subprocess.CompletedProcess(arguments, program.returncode, stdout, stderr)
 
 
-def _run(arguments: tuple[str, ...], environment: dict[str, str], outputs: list[str]) -> None:
+def _run(
+    arguments: tuple[str, ...],
+    environment: dict[str, str],
+    outputs: list[str],
+    folder: str,
+    package: str | None,
+) -> None:
     """What a fresh interpreter does with these arguments; in the new process."""
-    os.chdir(ROOT)
+    os.chdir(folder)
+    if package:
+        sys.meta_path[:] = [finder for finder in sys.meta_path if "editable" not in repr(finder)]
+        sys.path[:] = [package, *(path for path in sys.path if path not in ("", str(ROOT)))]
     os.environ.clear()
     os.environ.update(environment)
     for number, (stream, path) in enumerate(zip(("stdout", "stderr"), outputs, strict=True), 1):

@@ -136,33 +136,50 @@ def relative(found: np.ndarray, reference: np.ndarray) -> float:
 
 def compare(case: dict, arrays: dict, truth: dict, found: dict, dtype: str) -> Iterator[Deviation]:
     """Every deviation of `found` from the original's float32 (`arrays`) and float64 (`truth`)."""
-    exact = dtype == "float64"
-    own = case.get("f32_vs_f64") or {}
+    limits = Limits(case, arrays, truth, exact=dtype == "float64")
+    yield from _losses(case, truth, found, limits)
+    yield from _predictions(arrays, found, limits)
+    yield from _weights(case, arrays, truth, found, limits)
 
-    def allowed(value: float | None) -> float:
-        if exact:
+
+class Limits:
+    """How far a quantity of a case may be from the truth, in float64 (`exact`) or in float32."""
+
+    def __init__(self, case: dict, arrays: dict, truth: dict, *, exact: bool):
+        self.exact = exact
+        self.own = case.get("f32_vs_f64") or {}
+        # How far the original's own float32 had strayed by each step: it may come back by luck, so the
+        # largest deviation on the way to a step is what is fair to ask of another float32 run there.
+        pairs = zip(arrays["out/total_losses2"], truth["total_losses2"], strict=True)
+        self.strayed = np.maximum.accumulate([relative(a, b) for a, b in pairs])
+
+    def of(self, strayed: float | None = None) -> float:
+        """The limit where the original's float32 strayed by so much."""
+        if self.exact:
             return FLOAT64_TOLERANCE
-        return FLOAT32_TOLERANCE if value is None else max(3 * value, FLOAT32_FLOOR)
+        return FLOAT32_TOLERANCE if strayed is None else max(3 * strayed, FLOAT32_FLOOR)
 
-    # How far the original's own float32 had strayed by each step: it may come back by luck, so the
-    # largest deviation on the way to a step is what is fair to ask of another float32 run there.
-    pairs = zip(arrays["out/total_losses2"], truth["total_losses2"], strict=True)
-    strayed = np.maximum.accumulate([relative(a, b) for a, b in pairs])
-    yield Deviation("loss", relative(found["total_loss1"], truth["total_loss1"]), allowed(None))
-    for j, (a, b) in enumerate(zip(found["total_losses2"], truth["total_losses2"], strict=True)):
-        yield Deviation(
-            "loss", relative(a, b), allowed(None) if exact else max(allowed(None), 3 * strayed[j])
-        )
+
+def _losses(case: dict, truth: dict, found: dict, limits: Limits) -> Iterator[Deviation]:
+    yield Deviation("loss", relative(found["total_loss1"], truth["total_loss1"]), limits.of())
+    pairs = zip(found["total_losses2"], truth["total_losses2"], limits.strayed, strict=True)
+    for a, b, strayed in pairs:
+        limit = limits.of() if limits.exact else max(limits.of(), 3 * strayed)
+        yield Deviation("loss", relative(a, b), limit)
     joint = case["trained_on"].startswith("total_loss1")
     trained = case["flags"]["num_updates"] - 1
-    if own.get("total_loss") is not None and not exact:
+    own = limits.own.get("total_loss")
+    if own is not None and not limits.exact:
         a, b = (v["total_loss1"] if joint else v["total_losses2"][trained] for v in (found, truth))
-        fair = own["total_loss"] if joint else max(own["total_loss"], strayed[trained])
-        yield Deviation("trained loss", relative(a, b), allowed(fair))
+        fair = own if joint else max(own, limits.strayed[trained])
+        yield Deviation("trained loss", relative(a, b), limits.of(fair))
 
+
+def _predictions(arrays: dict, found: dict, limits: Limits) -> Iterator[Deviation]:
+    """Logits and accuracies, which are recorded in float32 alone."""
     logits = [(found["outputas"], arrays["out/outputas"], FLOAT32_TOLERANCE)]
     for a, b in zip(found["outputbs"], arrays["out/outputbs"], strict=True):
-        logits.append((a, b, max(FLOAT32_TOLERANCE, 10 * strayed[-1])))
+        logits.append((a, b, max(FLOAT32_TOLERANCE, 10 * limits.strayed[-1])))
     accuracies = []
     if "out/total_accuracy1" in arrays:
         accuracies = [
@@ -177,6 +194,9 @@ def compare(case: dict, arrays: dict, truth: dict, found: dict, dtype: str) -> I
             unsure = np.mean(best[..., -1] - best[..., -2] <= 2 * np.abs(a - b).max())
             yield Deviation("accuracy", abs(float(accuracies[i][0] - accuracies[i][1])), unsure + 1e-6)
 
+
+def _weights(case: dict, arrays: dict, truth: dict, found: dict, limits: Limits) -> Iterator[Deviation]:
+    """The meta-gradient, and the weights after one and after three meta-steps."""
     dead = set(case["dead_biases"])
     names = [key.removeprefix("metagrad/") for key in truth if key.startswith("metagrad/")]
     alive = [name for name in names if name not in dead]
@@ -190,25 +210,21 @@ def compare(case: dict, arrays: dict, truth: dict, found: dict, dtype: str) -> I
 
     for name in dead:
         scale = np.linalg.norm(flat(truth, "metagrad"))
-        yield Deviation(
-            "metagrad",
-            float(np.abs(found[f"metagrad/{name}"]).max() / scale),
-            FLOAT64_TOLERANCE if exact else FLOAT32_TOLERANCE,
-        )
+        deviation = float(np.abs(found[f"metagrad/{name}"]).max() / scale)
+        yield Deviation("metagrad", deviation, limits.of())
     for kind, given in (
-        ("metagrad", own.get("metagrad_rel_l2")),
-        ("step1", own.get("step1_update", {}).get("rel_l2")),
-        ("step3", own.get("step3_update", {}).get("rel_l2")),
+        ("metagrad", limits.own.get("metagrad_rel_l2")),
+        ("step1", limits.own.get("step1_update", {}).get("rel_l2")),
+        ("step3", limits.own.get("step3_update", {}).get("rel_l2")),
     ):
-        if exact:
+        if limits.exact:
             for name in alive:
                 key = f"{kind}/{name}"
                 yield Deviation(kind, relative(found[key], truth[key]), FLOAT64_TOLERANCE)
         else:
             minus = "" if kind == "metagrad" else "init"
-            yield Deviation(
-                kind, relative(flat(found, kind, minus), flat(truth, kind, minus)), allowed(given)
-            )
+            distance = relative(flat(found, kind, minus), flat(truth, kind, minus))
+            yield Deviation(kind, distance, limits.of(given))
 
 
 def check_case(folder: pathlib.Path, name: str) -> tuple[bool, str]:

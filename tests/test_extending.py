@@ -86,7 +86,7 @@ def test_the_page_is_run_by_the_program(folder):
 def test_each_file_of_the_page_goes_with_ours(flag, folder, photographs):
     source = () if "datasource" in flag or "learner" in flag else photographs
     settings, _ = trained(folder, flag, *source)
-    assert re.sub(r"\W", "-", flag.partition("=")[2]) in settings.run_name
+    assert re.sub(r"\W", "-", flag.partition("=")[2]) in settings.folder_name
 
 
 @pytest.fixture
@@ -152,7 +152,7 @@ def test_a_row_in_each_table_is_all_it_takes(tmp_path, monkeypatch):
     flags = ("--datasource=toy_set", "--learner=toy_learner", "--toy_factor=0.5", "--update_lr=0.5")
     settings, run = trained(tmp_path, *flags)
     assert settings.network == "toy" and settings.input_shape == (8, 8, 3)
-    assert settings.run_name == (
+    assert settings.folder_name == (
         "cls_5.mbs_2.ubs_1.numstep1.updatelr0.5hidden8batchnorm.toy_learner.toy_set.toy_factor0-5"
     )
     network = build.build_network(settings, (8, 8, 3))

@@ -4,13 +4,22 @@ import importlib.metadata
 import pathlib
 import re
 import runpy
+import shlex
+import shutil
+import subprocess
+import sys
 import tomllib
+import zipfile
 
 import pytest
 import setuptools
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
+from PIL import Image
+
+from maml.commands import table
+from tests import forked
 
 ROOT = pathlib.Path(__file__).parent.parent
 PINS = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines())
@@ -94,3 +103,124 @@ def test_the_versions_of_python_are_the_same_everywhere(described):
     assert f"Python {', '.join(told[:-1])} or {told[-1]}," in (ROOT / "README.md").read_text()
     ruff = tomllib.loads((ROOT / "ruff.toml").read_text())
     assert ruff["target-version"] == f"py{first.replace('.', '')}"
+
+
+# --- The wheel alone --------------------------------------------------------------------------------------
+
+PARTS = ("maml", "data", "flags", "setup.py", "README.md", "CITATION.cff", "LICENSE")
+SHORT = (
+    "--metatrain_iterations=2", "--meta_batch_size=2", "--num_test_tasks=2", "--test_num_updates=1",
+    "--save_interval=2", "--nolog",
+)  # fmt: skip
+PHOTOGRAPHS = ("--num_classes=2", "--img_size=16", "--noconv", *SHORT)
+NO_OMNIGLOT, NO_MINI = ((), 2, "Omniglot: "), ((), 2, "mini-ImageNet: not found in ")
+# {command of the README or of a page: (arguments that make it short, exit code, what it prints)}, in an order
+# in which each finds what it needs. Omniglot and mini-ImageNet are not there; that is found out last.
+COMMANDS = {
+    "maml": (SHORT, 0, "testing iteration 2 on 2 tasks"),
+    "maml help": ((), 0, "Commands (maml help COMMAND has their flags)"),
+    "maml list": ((), 0, "prototypical "),
+    "maml list weights": ((), 0, "sinusoid_10shot "),
+    "maml reproduce --list": ((), 0, "omniglot_5way_1shot "),
+    "maml reproduce NAME": (("--list",), 2, "expected cells (sinusoid_5shot"),
+    "maml reproduce sinusoid_10shot omniglot_5way_1shot": (("--list",), 0, "sinusoid_10shot "),
+    "maml --datasource=omniglot": NO_OMNIGLOT,
+    "maml --datasource=omniglot --num_classes=5 --update_batch_size=1": NO_OMNIGLOT,
+    "maml --datasource=miniimagenet --num_classes=5": NO_MINI,
+    "maml --datasource=miniimagenet --num_classes=5 --update_batch_size=1": NO_MINI,
+    "maml prepare miniimagenet": NO_MINI,
+    "maml show_episodes --datasource=omniglot --out=episodes.png": NO_OMNIGLOT,
+    "maml --datasource=folder --data_dir=DIR --update_batch_size=1": (
+        ("--run_name=RUN", "--logdir=.", *PHOTOGRAPHS), 0, "testing iteration 2 on 2 tasks",
+    ),
+    "maml --flagfile=RUN/flags": ((), 0, "testing iteration 2 on 2 tasks"),
+    "maml protocol RUN --test_set": (("--num_test_tasks=2", "--test_num_query=1"), 0, "transductive"),
+    "maml adapt --support=DIR --query=DIR --weights=NAME": (
+        ("--support=DIR/test", "--query=DIR/test/a/0.png", "--save=a.keras", "--weights=", "--run=RUN"),
+        0,
+        "wrote a.keras, ",
+    ),
+    "maml adapt --support=photos/support --query=photos/query --weights=NAME": (
+        ("--support=DIR/test", "--query=DIR", "--weights=sinusoid_10shot"), 2, "expected weights for images",
+    ),
+    "maml --learner=reptile --datasource=omniglot --num_classes=5 --update_batch_size=1": NO_OMNIGLOT,
+    "maml --learner=prototypical --help": ((), 0, "--train_num_classes"),
+    "maml compare --learners=maml,fomaml,anil,meta_sgd --metatrain_iterations=5000": (
+        ("--learners=maml",), 2, "expected --learners of two names or more",
+    ),
+    "maml sweep --flagfile=flags/sweeps/classes.flags": (("--name=/",), 2, "got --name=/"),
+    "maml sweep --grid='num_classes=2,3,5' --datasource=omniglot --update_batch_size=1": (
+        ("--name=/",), 2, "got --name=/",
+    ),
+}  # fmt: skip
+
+
+def shown_commands() -> set[str]:
+    """What README and pages tell to type: lines of blocks, and code spans with arguments."""
+    found = set()
+    for page in [ROOT / "README.md", ROOT / "data" / "README.md", *(ROOT / "docs").glob("*.md")]:
+        text = page.read_text()
+        typed = [
+            line
+            for block in re.findall(r"^```bash\n(.*?)^```", text, re.M | re.S)
+            for line in block.splitlines()
+        ]
+        typed = [line.rpartition("&& ")[2] for line in typed]
+        spans = [" ".join(span.split()) for span in re.findall(r"(?<!`)`(maml [^`|…]+)`", text)]
+        found |= {shlex.join(shlex.split(c)) for c in typed + spans if re.match(r"maml( |$)", c)}
+    return {command for command in found if command.partition("maml ")[2] not in table.COMMANDS}
+
+
+def test_every_command_that_is_shown_is_run_from_the_wheel():
+    run = {shlex.join(shlex.split(command)) for command in COMMANDS}
+    assert shown_commands() - run == {"maml --help"} and run - shown_commands() <= {"maml help", "maml list"}
+
+
+def test_what_needs_a_checkout_says_so():
+    for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+        text = " ".join(page.read_text().split())
+        if re.search(r"python (-m (examples|benchmarks|tests)\b|main\.py)|\.ci/run", text):
+            assert re.search(r"checkout", text), page.name
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> pathlib.Path:
+    """The unpacked wheel of a copy of the checkout."""
+    source, unpacked = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
+    ignore = shutil.ignore_patterns("__pycache__")
+    for name in PARTS:
+        path = ROOT / name
+        (shutil.copytree if path.is_dir() else shutil.copyfile)(
+            path, source / name, **(dict(ignore=ignore) if path.is_dir() else {})
+        )
+    build = [sys.executable, "setup.py", "--quiet", "bdist_wheel", f"--dist-dir={source / 'dist'}"]
+    subprocess.run(build, cwd=source, check=True, capture_output=True)
+    (built,) = (source / "dist").glob("maml_keras-*.whl")
+    with zipfile.ZipFile(built) as archive:
+        archive.extractall(unpacked)
+    return unpacked
+
+
+def test_the_commands_of_the_pages_run_from_the_wheel_in_an_empty_folder(wheel, tmp_path, monkeypatch):
+    for split in ("train", "val", "test"):
+        for name in "ab":
+            (tmp_path / "DIR" / split / name).mkdir(parents=True)
+            for i in range(3):
+                Image.new("RGB", (16, 16), (80 * i, 9 * ord(name) % 256, 40)).save(
+                    tmp_path / "DIR" / split / name / f"{i}.png"
+                )
+    monkeypatch.delenv("MAML_DATA_DIR", raising=False)
+    monkeypatch.setenv("MAML_CACHE_DIR", str(tmp_path / "cache"))
+    for command, (arguments, code, printed) in COMMANDS.items():
+        typed = [*shlex.split(command)[1:], *arguments]
+        done = forked.run(
+            "-m",
+            "maml",
+            *typed,
+            folder=tmp_path,
+            package=wheel,
+            expect=code,
+            MAML_CACHE_DIR=str(tmp_path / "c"),
+        )
+        assert printed in done.stdout + done.stderr, command
+    assert {"DIR", "RUN", "runs", "a.keras", "adapted-0"} <= {path.name for path in tmp_path.iterdir()}

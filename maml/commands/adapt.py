@@ -7,13 +7,14 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from maml import tables
+from maml.commands import classifier
 from maml.commands.photographs import Request
 from maml.datasets.user_images import Photographs
 from maml.episodes import Episode
 from maml.errors import Failure
 from maml.learners.base import Algorithm
-from maml.learners.losses import LossFunction
-from maml.learners.maml import Maml
+from maml.learners.losses import LossFunction, mean_cross_entropy
 from maml.learners.metric import BATCH, Metric, flat
 from maml.learners.prototypical import Prototypical
 from maml.networks.stateless import backbone_of
@@ -29,16 +30,14 @@ AT_ONCE = 100  # query images, where a prediction does not depend on the others
 
 def classify(request: Request) -> None:
     """Adapts the network that is asked for, predicts, and prints and writes what there is to see."""
-    settings, classes, support, query, out, transductive, from_run, prototypes = request
+    settings, classes, support, query, out, transductive, from_run, prototypes, save, export = request
     # One task at a time, so that all cores work on it.
     device = devices.use(dataclasses.replace(settings, tasks_per_chunk=1)).description
     algorithm, iteration = trained(settings, from_run=from_run)
-    weights = "untrained weights" if settings.init_from == RANDOM else settings.init_from
-    if from_run:
-        weights = f"{settings.run_dir}, iteration {iteration}"
     print(
         f"maml adapt: {len(classes)} classes, {len(support.names)} support and {len(query.names)} query "
-        f"photographs, on {device}\nnetwork: {weights}; {_method(settings, prototypes)}"
+        f"photographs, on {device}\n"
+        f"network: {_weights(settings, iteration, from_run)}; {_method(settings, prototypes)}"
     )
     print("\n".join(remarks(settings, len(classes), support, query, transductive, prototypes)), flush=True)
     algorithm = adapting(algorithm, settings, support, way=len(classes), prototypes=prototypes)
@@ -48,10 +47,19 @@ def classify(request: Request) -> None:
     print(f"\n{predictions.table(classes, query, final)}\n\n{predictions.step_table(made, query.labels)}")
     if query.labels is not None:
         print(predictions.accuracy(final.argmax(-1), query.labels))
+    print("\n".join(predictions.falls(made, query.labels)), end="")
     written = predictions.write(out, classes, support, query, made)
     if isinstance(algorithm, Metric):
         written += _write_embedding(out, classes, algorithm, support, query, final)
     print(f"wrote {', '.join(written)} in {out}")
+    if save or export:
+        model = classifier.classifier(
+            algorithm, support, way=len(classes), steps=steps, scale=settings.dataset.scale
+        )
+        shape = "×".join(map(str, model.input_shape[1:]))
+        pixels = f"0…{settings.dataset.scale:g}" if settings.dataset.scale > 1 else "ink 1, paper 0"
+        paths = classifier.write(model, classes, save, export)
+        print(f"wrote {', '.join(paths)}: from pixels n×{shape} ({pixels}) to {len(classes)} probabilities")
 
 
 def first_outputs(network: keras.Model, settings: Settings, way: int) -> keras.Model:
@@ -87,7 +95,7 @@ def adapting(
         trained: with its weights.
         settings: of it.
         support: with labels in 0…way−1; the numbers per class may differ.
-        way: N, the classes: for MAML, at most the network's outputs.
+        way: N, the classes: of a learner with inner steps, at most the network's outputs.
         prototypes: the features of the network, without its head, as those of a prototypical network, batch
             norm by the support set's statistics.
     """
@@ -96,13 +104,20 @@ def adapting(
     scale = settings.dataset.scale
     if prototypes:
         return Prototypical(backbone_of(trained.network), test_statistics=BATCH, scale=scale)
-    return Maml(
+    kind = type(trained)
+    per_class = 1 if kind.loss_function(settings) is not mean_cross_entropy else way
+    learner = kind(
         first_outputs(trained.network, settings, way),
-        class_means(np.bincount(support.labels)),
-        inner_lr=settings.update_lr,
+        class_means(per_class * np.bincount(support.labels)),
         classification=True,
         scale=scale,
+        **kind.arguments(settings),
     )
+    own = [*learner.extra_variables, *learner.state_variables]
+    theirs = [*trained.extra_variables, *trained.state_variables]
+    for variable, whole in zip(own, theirs, strict=True):  # the learned step sizes of the head, too
+        variable.assign(whole[..., : variable.shape[-1]] if variable.shape.rank else whole)
+    return learner
 
 
 def adapt(
@@ -141,7 +156,15 @@ def adapt(
             f"--update_lr or fewer --test_num_updates."
         )
     odds = np.exp(logits - logits.max(-1, keepdims=True))
-    return Predictions(loss, odds / odds.sum(-1, keepdims=True))
+    return Predictions(loss, odds / odds.sum(-1, keepdims=True), found.support["accuracy"][0].numpy())
+
+
+def _weights(settings: Settings, iteration: int, from_run: bool) -> str:
+    if from_run:
+        return f"{settings.run_dir}, iteration {iteration}"
+    if settings.init_from in tables.shipped():
+        return f"{settings.init_from}, {tables.shipped()[settings.init_from].about}"
+    return "untrained weights" if settings.init_from == RANDOM else settings.init_from
 
 
 def _method(settings: Settings, prototypes: bool) -> str:

@@ -44,6 +44,7 @@ def compare(_: list[str]) -> tuple[list[jobs.Job], str, pathlib.Path]:
     All are tested on the episodes of the first: as the flags say or, where they do not, the first learner's
     paper. Ways, shots and queries of training stay each learner's own.
     """
+    jobs.check_no_name()
     learners = [name.strip() for name in FLAGS.learners.split(",")]
     if len(learners) < 2 or len(set(learners)) < len(learners) or FLAGS.learner != DEFAULT_LEARNER:
         raise UserError(
@@ -86,6 +87,7 @@ def protocol(operands: list[str]) -> Settings:
 
 def sweep(_: list[str]) -> Sweep:
     """The grid and its combinations, each of them checked; the files can be written."""
+    jobs.check_no_name()
     grid = read_grid(FLAGS.grid)
     name = FLAGS.name or "_".join(grid)
     if not re.fullmatch(r"\w[\w.-]*", name):

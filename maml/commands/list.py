@@ -3,11 +3,11 @@
 import itertools
 import pathlib
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 
 from maml import tables
 from maml.errors import UserError
-from maml.reports.published import CELLS, Cell
+from maml.reports.published import CELLS
 from maml.settings.help import columns, entry
 from maml.settings.own import DEFAULT_LEARNER
 from maml.settings.parsing import FLAGFILES, flagfiles
@@ -47,16 +47,14 @@ def datasets() -> Rows:
     return {name: about(row) for name, row in tables.DATASETS.items()}
 
 
-def cells(names: Iterable[str] = CELLS) -> Rows:
-    """The papers' experiments, for `maml reproduce`, their data sets, and the papers' figures."""
-    return {name: _described(flagfiles() / f"{name}.flags") + _figures(CELLS[name]) for name in names}
+def weights() -> Rows:
+    """Trained weights that come along, with their results."""
+    return {name: row.about for name, row in tables.shipped().items()}
 
 
-def _figures(cell: Cell) -> str:
-    if not cell.paper:
-        return ""
-    steps = f" after {', '.join(map(str, cell.paper))} steps" * (len(cell.paper) > 1)
-    return f"; paper: {', '.join(map(str, cell.paper.values()))}{steps}"
+def cells() -> Rows:
+    """The papers' experiments, for `maml reproduce`, and their data sets."""
+    return {name: _described(flagfiles() / f"{name}.flags") for name in CELLS}
 
 
 def others() -> Rows:
@@ -80,14 +78,13 @@ TABLES: Mapping[str, tuple[str, Callable[[], Rows]]] = {
     "learners": ("Learners: --learner=NAME, or module:Class", learners),
     "networks": ("Networks: --network=NAME, or module:function", networks),
     "datasets": ("Data sets: --datasource=NAME, or module:function", datasets),
+    "weights": (
+        "Trained weights: --init_from=NAME, adapt --weights=NAME, load_pretrained(NAME)",
+        weights,
+    ),
     "cells": ("Cells, the papers' experiments: maml reproduce NAME, or --flagfile=flags/NAME.flags", cells),
     "flagfiles": ("Other flagfiles, in any folder; sweeps: maml sweep --flagfile=NAME", others),
 }
-
-
-def table_of_cells(names: Iterable[str]) -> str:
-    """The table of some cells, to be printed."""
-    return _table(TABLES["cells"][0], lambda: cells(names))
 
 
 def show(asked: list[str]) -> None:

@@ -4,7 +4,6 @@ import pathlib
 from collections.abc import Sequence
 
 from maml.commands import launch
-from maml.commands.list import table_of_cells
 from maml.errors import UserError
 from maml.reports import results_page
 from maml.reports.published import CELLS, MAML_CELLS
@@ -87,6 +86,34 @@ def reproduce(asked: Sequence[str], *, scale: float, seeds: int, results_dir: pa
     return failures
 
 
+def progress(cells: Sequence[str], scale: float) -> str:
+    """A table of cells: data, the papers' figures, hours, iterations done, whether tested.
+
+    The hours are those that are left, as stated beforehand.
+    The hours of a run that has been trained here are by its own time per iteration.
+    """
+    rows = [("cell", "data", "paper", "hours", "done", "")]
+    overrides = job_settings.given_flags(but=("seed",))
+    for cell in cells:
+        settings = job(cell, scale, overrides).settings
+        asked, there = settings.iterations, files.saved_iterations(settings.run_dir)
+        done = max((iteration for iteration in there if iteration <= asked), default=0)
+        left = 1 - done / asked
+        hours = CELLS[cell].hours * scale * left
+        if each := results.read_cost(settings.run_dir).get("seconds_per_iteration"):
+            hours = each * asked * left / 3600
+        tested = "tested" if results.find(settings) else ""
+        paper = ", ".join(map(str, CELLS[cell].paper.values()))
+        rows.append((cell, settings.datasource, paper, f"{hours:.2g}", f"{done:,} of {asked:,}", tested))
+    columns = [
+        [f"{text:{side}{max(map(len, column))}}" for text in column]
+        for side, column in zip("<<<>><", zip(*rows, strict=True), strict=True)
+    ]
+    lines = ["  ".join(row).rstrip() for row in zip(*columns, strict=True)]
+    note = "hours: about, of what is left, on two otherwise idle cores; of a run trained here, by its pace"
+    return "\n".join([*lines, "", note])
+
+
 def _further(job: Job) -> int | None:
     """The iterations of a tested run that has passed by the job's and has no checkpoint of them; or None."""
     settings = job.settings
@@ -119,11 +146,12 @@ def cells_of(learner: str) -> list[str]:
 def reproduce_asked(cells: list[str]) -> None:
     """Runs, or lists, the cells that the command line names, as its flags say."""
     asked = named(cells)
-    if FLAGS.list:
-        print(table_of_cells(asked if cells else CELLS))
-        return
+    job_settings.check_no_name()
     if not 0 < FLAGS.scale <= 1:
         raise UserError(f"expected a number above 0 and at most 1, got --scale={FLAGS.scale}.")
+    if FLAGS.list:
+        print(progress(asked, FLAGS.scale))
+        return
     results_dir = pathlib.Path(FLAGS.results_dir or "results")
     try:
         results_dir.mkdir(parents=True, exist_ok=True)

@@ -63,11 +63,12 @@ In brackets: the default; "paper's" is the paper's value for the data set, as fa
     ),
     "adapt": Command(
         about="adapts a trained network to your own images, and classifies others",
-        usage="""Classifies your own photographs: `maml adapt --support=DIR --query=DIR --run=RUN`.
+        usage="""Classifies your own images: `maml adapt --support=DIR --query=DIR --weights=NAME`.
 
-`--support` holds a few photographs of each class, in a folder of the class's name; `--query` those to be
-classified. A trained network is adapted to the first and predicts the second: it is one of our runs (`--run`)
-or that of a checkpoint, such as the one the paper's authors published (`--init_from`).
+`--support` holds a few images of each class, in a folder of the class's name; `--query` those to be
+classified. A trained network is adapted to the first and predicts the second: one that comes along
+(`--weights`, see `maml list weights`), a run folder of yours (`--run`), or a checkpoint, such as the one the
+paper's authors published (`--init_from`).
 """,
         check="maml.commands.photographs:read",
         work="maml.commands.adapt:classify",
@@ -76,10 +77,11 @@ or that of a checkpoint, such as the one the paper's authors published (`--init_
             Flag(
                 "query",
                 None,
-                "folder (.tar, .zip) of the photographs to be classified, or of a folder for each of the "
-                "classes, if these are known: then the accuracy is shown",
+                "photograph to be classified, or a folder (.tar, .zip) of them, or of a folder for each of "
+                "the classes, if these are known: then the accuracy is shown",
             ),
-            Flag("run", None, "run folder of the trained network, instead of --init_from"),
+            Flag("weights", "", "trained weights that come along, by name"),
+            Flag("run", None, "run folder of the trained network"),
             Flag(
                 "prototypes",
                 False,
@@ -87,6 +89,8 @@ or that of a checkpoint, such as the one the paper's authors published (`--init_
                 "classes [a metric learner's run does so anyway]",
             ),
             Flag("out", None, "folder for predictions.csv, predictions.png and steps.png [adapted-QUERY]"),
+            Flag("save", None, "the adapted classifier as a Keras model, FILE.keras"),
+            Flag("export", None, "the adapted classifier as a TensorFlow SavedModel, a new folder"),
         ),
         shows=(
             "skip_bad_images",
@@ -148,7 +152,11 @@ Flags of a run given here hold for every cell (`--num_test_tasks=6000`, `--logdi
 """,
         work="maml.commands.reproduce:reproduce_asked",
         flags=(
-            Flag("list", False, "print the cells with the papers' figures, and end"),
+            Flag(
+                "list",
+                False,
+                "list the cells: data, the papers' figures, hours on two cores, what is done; run nothing",
+            ),
             Flag("scale", 1.0, "runs every cell for this part of its iterations"),
             Flag("seeds", 1, "runs of each cell, with seeds 0, 1, …", lower=1),
             Flag("results_dir", None, "folder for RESULTS.md, results.csv and the figures [results]"),
@@ -237,7 +245,7 @@ iteration, peak memory, and the papers' figures. On the sinusoid a figure shows 
         interrupted=REPEATABLE,
     ),
     "list": Command(
-        about="lists learners, networks, data sets, cells and flagfiles, and what each needs",
+        about="lists learners, networks, data sets, weights, cells and flagfiles, and what each needs",
         usage="""Lists what there is by name: `maml list`, or one table, as `maml list learners`.""",
         work="maml.commands.list:show",
         shows=(),

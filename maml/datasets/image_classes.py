@@ -59,6 +59,7 @@ class ImageClasses:
                 (Omniglot).
         """
         self.name = name
+        self.titles: Mapping[str, str] = {}  # {name of a class: another for pictures, where it is a code}
         self.splits = dict(splits)
         self.rotations = rotations
         # Turning images costs more than all the rest of drawing an episode: all four turns are kept.
@@ -104,10 +105,10 @@ class ImageClasses:
             return self._sample(spec, split, indices)
 
     def class_names(self, spec: EpisodeSpec, split: str, indices: tf.Tensor) -> list[list[str]]:
-        """The names of the classes of each episode, in the order of their labels."""
+        """The names, or titles, of the classes of each episode, in the order of their labels."""
         names = self.splits[split].names
         chosen = Stream(spec.seed, split, indices).distinct("classes", spec.way, len(names))
-        return [[names[c] for c in episode] for episode in chosen.numpy()]
+        return [[self.titles.get(names[c], names[c]) for c in episode] for episode in chosen.numpy()]
 
     def _sample(self, spec: EpisodeSpec, split: str, indices: tf.Tensor) -> Episode:
         images, (_, names, starts, counts) = self._images[split], self.splits[split]

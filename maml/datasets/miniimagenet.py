@@ -53,7 +53,9 @@ def load_miniimagenet(
         UserError: if there is none, or what there is is not complete.
     """
     folders = [pathlib.Path(data_dir) / folder for folder in FOLDERS]
-    return load_photographs(find(folders), seed, side, decode=decode, skip_bad_images=skip_bad_images)
+    found = load_photographs(find(folders), seed, side, decode=decode, skip_bad_images=skip_bad_images)
+    found.titles = read_names()
+    return found
 
 
 def decode(raw: bytes | np.ndarray, side: int = SIDE) -> np.ndarray:
@@ -118,9 +120,7 @@ def read_table() -> Table:
     has a number 0, 45 of the 100 classes have a number 1, and 48 a number 1300, while ILSVRC2012
     has no more than 1,300 images of any synset.
     """
-    here = pathlib.Path(__file__).parents[1]  # setup.py installs data/mini_imagenet as maml.mini_imagenet
-    folders = here / "mini_imagenet" / "splits", here.parent / "data" / "mini_imagenet" / "splits"
-    folder = next(filter(pathlib.Path.is_dir, folders))
+    folder = _lists()
     table: dict[str, dict[str, list[int]]] = {}
     for split in PICKLES:
         classes = table.setdefault(split, {})
@@ -128,6 +128,30 @@ def read_table() -> Table:
             for row in csv.DictReader(file):
                 classes.setdefault(row["label"], []).append(int(row["filename"][len(row["label"]) : -4]))
     return table
+
+
+def read_names() -> dict[str, str]:
+    """{wnid: ImageNet's first word for it} of the 100 classes."""
+    with (_lists() / "names.csv").open(encoding="ascii", newline="") as file:
+        return {row["wnid"]: row["name"] for row in csv.DictReader(file)}
+
+
+def _lists() -> pathlib.Path:
+    """The folder of the lists, which setup.py installs as maml.mini_imagenet.
+
+    Raises:
+        UserError: if one of them is missing, as in a copy of maml/ alone.
+    """
+    here = pathlib.Path(__file__).parents[1]
+    folders = here / "mini_imagenet" / "splits", here.parent / "data" / "mini_imagenet" / "splits"
+    folder = next(filter(pathlib.Path.is_dir, folders), folders[0])
+    needed = [f"{split}.csv.gz" for split in PICKLES] + ["names.csv"]
+    if missing := [name for name in needed if not (folder / name).is_file()]:
+        raise UserError(
+            f"{NAME}: expected the lists of its classes in {folder}, which come with maml-keras, got no "
+            f"{', '.join(missing)}. Install it again."
+        )
+    return folder
 
 
 def _fingerprint(form: str, *parts: object) -> str:

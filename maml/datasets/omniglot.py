@@ -10,7 +10,7 @@ from maml.datasets.image_classes import ClassImages, ImageClasses, split_by_seed
 from maml.datasets.images.archives import FileTree, fingerprint, open_tree
 from maml.datasets.images.cache import cached
 from maml.datasets.images.decode import decode_drawing
-from maml.datasets.images.source import Classes, ImageFile, ImageSource, LazySplits
+from maml.datasets.images.source import Classes, ImageFile, ImageSource, LazySplits, misplaced
 from maml.errors import UserError
 
 OMNIGLOT_PARTS = {"images_background": 964, "images_evaluation": 659}  # characters
@@ -49,9 +49,16 @@ def omniglot(data_dir: str | pathlib.Path) -> ImageSource:
         if any(tree.glob("*/character*")):
             return _omniglot_source([tree], [OMNIGLOT_CHARACTERS])
     missing = f"Omniglot: {folder / 'images_background'}.zip"
+    if elsewhere := misplaced([folder, small], _is_form):
+        raise UserError(f"{missing} not found, but expected. {elsewhere}")
     prepared = tfds.newest(folder) or tfds.fetched("omniglot", data_dir, missing, _omniglot_forms(data_dir))
     load = functools.partial(_tfds_classes, prepared)
     return ImageSource("Omniglot", fingerprint(prepared), LazySplits(lambda: {"all": load()}))
+
+
+def _is_form(folder: pathlib.Path) -> bool:
+    """Whether a folder is that of Omniglot: one of the official parts, or the characters."""
+    return any(_omniglot_part(folder, part) for part in OMNIGLOT_PARTS) or any(folder.glob("*/character*"))
 
 
 def _omniglot_part(folder: pathlib.Path, part: str) -> pathlib.Path | None:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from maml.datasets.images.archives import ARCHIVES, FileTree, open_tree
+from maml.datasets.images.archives import ARCHIVES, FileTree, open_tree, read_file
 from maml.datasets.images.decode import open_image, read_and_decode, report_bad_images
 from maml.datasets.images.layout import no_image, photo_classes, without_wrapper
 from maml.datasets.images.source import Decode, ImageFile
@@ -80,7 +80,7 @@ class Reader(NamedTuple):
         return tuple(map(shown, classes)), found
 
     def query(self, path: pathlib.Path, classes: Sequence[str]) -> Photographs:
-        """The photographs to be classified: all in one folder, or in folders of the classes they are of.
+        """The photographs to be classified: one, all in a folder, or in folders of the classes they are of.
 
         Raises:
             UserError: if there are none, or folders of other names than the classes'.
@@ -155,6 +155,8 @@ def _opened(flag: str, path: pathlib.Path, needed: str) -> FileTree:
     if not os.path.exists(path):
         raise UserError(f"--{flag}={path}: not found, expected {needed}. Check the path.")
     if not path.is_dir() and path.suffix.lower() not in ARCHIVES:
+        if flag == "query":  # a single photograph
+            return FileTree(str(path.parent), {path.name: lambda: read_file(path)}, frozenset())
         raise UserError(f"--{flag}={path}: expected a folder (.tar, .zip) of {needed}, got a file.")
     return open_tree(path)
 

@@ -102,8 +102,9 @@ class Learner(Workings):
             meta_optimizer: any Keras optimizer for the outer loop, its schedule included, instead of Adam.
             clip: clip every entry of the meta-gradient to ±clip.
             swap_norms: work on a copy in which Keras' LayerNormalization is `maml.LayerNormalization`,
-                which computes the same, and BatchNormalization is `maml.BatchNorm`, which does not: no
-                scale, and always the statistics of the batch at hand.
+                which computes the same, and BatchNormalization that trains is `maml.MovingBatchNorm`, which
+                computes what it does in training: by the statistics of the batch at hand. Its γ and β are
+                kept, and not adapted.
             vectorize, jit_compile, tasks_per_chunk: see `TaskMap`; None chooses what is safe.
             options: of the algorithm, keyword arguments of its class.
 
@@ -337,7 +338,8 @@ class Learner(Workings):
         x, y, steps = self._support(support_x, support_y, steps)
         more = [] if unlabeled_x is None else [self._needs.input_of("unlabeled", unlabeled_x)]
         parts = tf.nest.map_structure(tf.convert_to_tensor, [self._needs.input_of("query", query_x), *more])
-        outputs = self._predict(x, y, steps, *parts)
+        predict = self._predict_with_unlabeled if more else self._predict
+        outputs = predict(x, y, steps, *parts)
         return tf.nest.map_structure(lambda rows: rows.numpy(), outputs)
 
     # --- Keeping ------------------------------------------------------------------------------------

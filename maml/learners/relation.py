@@ -147,6 +147,12 @@ class Relation(Metric):
             maps = self.semantic.stateless_call(weights, values, x, training=False)[0]
         return Embedded(theta, self.summarized(maps, y, tf.reduce_max(y) + 1), y)
 
+    def step(
+        self, state: Embedded, x: tf.Tensor, y: tf.Tensor, noise: int | None = None
+    ) -> tuple[Embedded, Measures]:
+        """See `Algorithm.step`. Of class vectors there are no measures."""
+        return super().step(state, x, y, noise) if self.semantic is None else (state, {})
+
     def episode_loss(self, theta: Weights, episode: Episode) -> tuple[tf.Tensor, Measures, Weights]:
         """The squared error of all pairs' scores, and the statistics that each pass moved."""
         network, module, described = self._split(theta)

@@ -56,7 +56,9 @@ class Workings:
         optimizer = grown(optimizer, self.algorithm.variables)
         self.outer = OuterLoop(self.algorithm, optimizer, self._assembly.tasks(self.model))
         self._adapt = tf.function(self._adapted, reduce_retracing=True, autograph=False)
-        self._predict = tf.function(self._predicted, reduce_retracing=True, autograph=False)
+        self._predict, self._predict_with_unlabeled = (
+            tf.function(self._predicted, reduce_retracing=True, autograph=False) for _ in range(2)
+        )
         self._one_task = UnequalTasks(self.outer)
         self._compiled = False
         self._built_of = self._layers()

@@ -95,8 +95,8 @@ def _objection(layer: keras.layers.Layer, second_order: bool) -> str | None:
     wrong = "has a wrong second derivative in TensorFlow, and meta-gradients with it."
     if isinstance(layer, layers.BatchNormalization) and layer.trainable:
         return (
-            f"{wrong} Use maml.BatchNorm, give swap_norms=True to have it put in its place, or freeze the "
-            f"layer (trainable = False), so that it normalises by its moving statistics."
+            f"{wrong} Use maml.BatchNorm, give swap_norms=True to have maml.MovingBatchNorm put in its "
+            f"place, or freeze the layer (trainable = False), so that it normalizes by its moving statistics."
         )
     if isinstance(layer, layers.SpectralNormalization) or getattr(layer, "stateful", False):
         return (

@@ -8,7 +8,7 @@ import numpy as np
 import tensorflow as tf
 
 from maml.errors import UserError
-from maml.networks.layers import BatchNorm, LayerNormalization
+from maml.networks.layers import LayerNormalization, MovingBatchNorm
 
 Layer = keras.layers.Layer
 
@@ -49,10 +49,10 @@ def not_compiled(model: keras.Model) -> Iterator[None]:
 
 
 def full_copy(model: keras.Model, x: object) -> keras.Model:
-    """A copy with all state of the model, built on inputs x where it is not yet."""
+    """A copy with all state of the model, called once on inputs x [n, …]."""
     copy = copy_of(model)
-    if len(copy.variables) < len(model.variables):  # a custom class, not built yet
-        copy(tf.nest.map_structure(lambda rows: rows[:1], x))
+    # Builds a custom class; and Keras writes ONNX of models alone that were called.
+    copy(tf.nest.map_structure(lambda rows: rows[:1], x))
     transfer(model, copy)
     return copy
 
@@ -132,8 +132,8 @@ def _fresh(layer: Layer | keras.Operation) -> Layer | keras.Operation:
 def with_exact_norms(model: keras.Model) -> keras.Model:
     """A copy, state included, with maml's norms in place of LayerNormalization and BatchNormalization.
 
-    LayerNormalization computes the same. BatchNorm has no scale, and is always of the last axis: raises
-    UserError where a scale was learned or the axis is another, or if the model is of a class of its own.
+    Each computes what Keras' does, BatchNormalization what it does in training: by the batch at hand. Its γ
+    and β are not adapted. Raises UserError for what maml's has not, or for a model of a class of its own.
     """
     pairs: list[tuple[Layer, Layer]] = []
 
@@ -141,8 +141,7 @@ def with_exact_norms(model: keras.Model) -> keras.Model:
         if not isinstance(layer, Layer):
             return layer
         if _is_swapped(layer):
-            _check_swappable(layer)
-            copy = BatchNorm(name=layer.name, dtype=layer.dtype_policy.name)
+            copy = _moving_batch_norm(layer)
         else:
             same = type(layer) is keras.layers.LayerNormalization
             copy = LayerNormalization.from_config(layer.get_config()) if same else _fresh(layer)
@@ -150,10 +149,10 @@ def with_exact_norms(model: keras.Model) -> keras.Model:
         return copy
 
     def call(layer: Layer, *args, **kwargs):
-        if isinstance(layer, BatchNorm) and (kwargs.pop("mask", None) is not None or _masked(args)):
+        if isinstance(layer, MovingBatchNorm) and (kwargs.pop("mask", None) is not None or _masked(args)):
             raise UserError(
-                f"swap_norms: {layer.name!r} weighs examples by a mask, which maml.BatchNorm does not. Use "
-                f"LayerNormalization, or leave the mask out."
+                f"swap_norms: {layer.name!r} weighs examples by a mask, which maml.MovingBatchNorm does not. "
+                f"Use LayerNormalization, or leave the mask out."
             )
         return layer(*args, **kwargs)
 
@@ -168,14 +167,11 @@ def with_exact_norms(model: keras.Model) -> keras.Model:
             model, clone_function=exact, call_function=call if functional else None, recursive=True
         )
     for layer, copy in pairs:
-        if not _is_swapped(layer):
-            for variable, value in zip(copy.variables, layer.variables, strict=True):
-                variable.assign(value)
-            inside = zip(layer._flatten_layers(), copy._flatten_layers(), strict=True)
-            for one, other in inside:
-                _transfer_own(one, other)
-        elif layer.center:
-            copy.beta.assign(layer.beta)
+        for variable, value in zip(copy.variables, layer.variables, strict=True):
+            variable.assign(value)
+        inside = zip(layer._flatten_layers(), copy._flatten_layers(), strict=True)
+        for one, other in inside:
+            _transfer_own(one, other)
     return swapped
 
 
@@ -187,17 +183,28 @@ def _is_swapped(layer: Layer) -> bool:
     return isinstance(layer, keras.layers.BatchNormalization) and layer.trainable
 
 
-def _check_swappable(layer: keras.layers.BatchNormalization) -> None:
-    """Raises UserError if maml's BatchNorm would forget what the layer has learned."""
+def _moving_batch_norm(layer: keras.layers.BatchNormalization) -> MovingBatchNorm:
+    """maml's layer without the weights; raises UserError for what it has not."""
     if layer.axis % layer.input_spec.ndim != layer.input_spec.ndim - 1:
         raise UserError(
             f"swap_norms: {layer.name!r} is of axis {layer.axis}, expected the last, the channels."
         )
-    if layer.scale and not np.all(layer.gamma.numpy() == 1):
-        raise UserError(
-            f"swap_norms: {layer.name!r} has learned a scale (gamma), which maml.BatchNorm has not. Freeze "
-            f"the layer (trainable = False), or begin with a new model."
-        )
+    for name in ("gamma_regularizer", "beta_regularizer", "gamma_constraint", "beta_constraint"):
+        if getattr(layer, name) is not None:
+            raise UserError(
+                f"swap_norms: {layer.name!r} has a {name}, which maml.MovingBatchNorm has not. Leave it out."
+            )
+    copy = MovingBatchNorm(
+        layer.momentum,
+        layer.epsilon,
+        unbiased=False,
+        center=layer.center,
+        scale=layer.scale,
+        name=layer.name,
+        dtype=layer.variable_dtype,  # never statistics in 16 bits
+    )
+    copy.adapted = False
+    return copy
 
 
 def holds_swapped(model: keras.Model) -> bool:

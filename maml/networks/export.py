@@ -5,7 +5,7 @@ import numpy as np
 
 from maml.errors import UserError
 from maml.networks.copies import is_graph, not_compiled
-from maml.networks.layers import BatchNorm, LayerNorm, LayerNormalization, MaxPool
+from maml.networks.layers import BatchNorm, LayerNorm, LayerNormalization, LeakyReLU, MaxPool, MovingBatchNorm
 
 Layer = keras.layers.Layer
 
@@ -13,8 +13,9 @@ Layer = keras.layers.Layer
 def plain(model: keras.Model) -> keras.Model:
     """A copy of an adapted model that computes the same in inference, of Keras' own layers alone.
 
-    `maml.BatchNorm` becomes BatchNormalization with the statistics that it keeps, `maml.LayerNormalization`
-    its namesake, `maml.LayerNorm` a LayerNormalization over all axes of an example, `MaxPool` MaxPooling2D.
+    `maml.BatchNorm` and `maml.MovingBatchNorm` become BatchNormalization with the statistics that they keep,
+    `maml.LayerNormalization` and `LeakyReLU` their namesakes, `maml.LayerNorm` a LayerNormalization over all
+    axes of an example, `MaxPool` MaxPooling2D.
 
     Args:
         model: Sequential or functional, as `Learner.adapt` returns it.
@@ -40,6 +41,7 @@ def plain(model: keras.Model) -> keras.Model:
         copy = keras.models.clone_model(model, clone_function=own, recursive=True)
     for layer, other in pairs:
         other.set_weights(_plain_weights(layer, other))
+    copy(copy.inputs)  # Keras writes ONNX of models alone that were called
     return copy
 
 
@@ -47,6 +49,9 @@ def _plain_layer(layer: Layer) -> Layer:
     common = dict(name=layer.name, dtype=layer.dtype_policy.name)
     if isinstance(layer, BatchNorm):
         return keras.layers.BatchNormalization(epsilon=layer.epsilon, scale=False, **common)
+    if isinstance(layer, MovingBatchNorm):
+        names = ("momentum", "epsilon", "center", "scale")
+        return keras.layers.BatchNormalization(**{name: getattr(layer, name) for name in names}, **common)
     if isinstance(layer, LayerNormalization):
         config = layer.get_config()
         return keras.layers.LayerNormalization.from_config(config)
@@ -54,7 +59,9 @@ def _plain_layer(layer: Layer) -> Layer:
         axes = list(range(1, len(layer.input.shape)))
         return keras.layers.LayerNormalization(axis=axes, epsilon=layer.epsilon, **common)
     if isinstance(layer, MaxPool):
-        return keras.layers.MaxPooling2D(2, data_format="channels_last", **common)
+        return keras.layers.MaxPooling2D(2, padding=layer.padding, data_format="channels_last", **common)
+    if isinstance(layer, LeakyReLU):
+        return keras.layers.LeakyReLU(layer.negative_slope, **common)
     if type(layer).__module__.split(".")[0] == "maml":
         raise UserError(f"layer {layer.name!r}, {type(layer).__name__}, has no plain form in Keras.")
     return type(layer).from_config(layer.get_config())

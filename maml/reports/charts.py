@@ -12,6 +12,9 @@ matplotlib.use("Agg", force=False)
 COLOURS = ("#4c72b0", "#c44e52", "#55a868", "#8172b3", "#ccb974", "#64b5cd", "#8c8c8c", "#dd8452")
 
 
+LEGEND_COLUMNS = 2
+
+
 class Line(NamedTuple):
     """One curve: y over x, with the half-width of its 95 % interval if there is one.
 
@@ -38,13 +41,14 @@ class Panel(NamedTuple):
 
 
 def draw(path: pathlib.Path, panels: Sequence[Panel], columns: int = 3) -> None:
-    """Draws the panels side by side, `columns` to a row, each with its own legend."""
+    """Draws the panels side by side, `columns` to a row, each with its own legend below its axis."""
     import matplotlib.pyplot as plt
 
     columns = min(columns, len(panels))
     rows = -(-len(panels) // columns)
+    height = 3.2 + 0.2 * max(-(-len(panel.lines) // LEGEND_COLUMNS) for panel in panels)
     figure, axes = plt.subplots(
-        rows, columns, figsize=(4.4 * columns, 3.4 * rows), squeeze=False, layout="constrained"
+        rows, columns, figsize=(4.4 * columns, height * rows), squeeze=False, layout="constrained"
     )
     for axis, panel in zip(axes.flat, panels, strict=False):
         for i, line in enumerate(panel.lines):
@@ -61,7 +65,13 @@ def draw(path: pathlib.Path, panels: Sequence[Panel], columns: int = 3) -> None:
         axis.set_yscale("log" if panel.log_y else "linear")
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.25)
-        axis.legend(frameon=False, fontsize=8)
+        axis.legend(
+            frameon=False,
+            fontsize=8,
+            ncols=LEGEND_COLUMNS,
+            loc="upper center",
+            bbox_to_anchor=(0.5, -0.16),  # below the label of x, where no curve goes
+        )
     for axis in axes.flat[len(panels) :]:
         axis.set_visible(False)
     figure.savefig(path, dpi=110)

@@ -22,10 +22,12 @@ class Predictions(NamedTuple):
     Fields:
         support_loss: [steps + 1], cross entropy: the mean over the images of each class, summed over these.
         probabilities: float64 [steps + 1, n, N] of the classes, of every query image.
+        support_accuracy: [steps + 1], the share of support images that come out right.
     """
 
     support_loss: np.ndarray
     probabilities: np.ndarray
+    support_accuracy: np.ndarray
 
     @property
     def predictions(self) -> np.ndarray:
@@ -64,9 +66,24 @@ def step_table(made: Predictions, labels: np.ndarray | None) -> str:
     shown = sorted({0, 1, 2, 3, 5, 10, last // 2, last} & set(range(last + 1)))
     rows = {"after step": [str(step) for step in shown]}
     rows["support loss"] = [f"{made.support_loss[step]:.3f}" for step in shown]
+    rows["support accuracy, %"] = [f"{100 * made.support_accuracy[step]:.1f}" for step in shown]
     for name, values in made.curves(labels).items():
         rows[f"{name}, %"] = [f"{values[step]:.1f}" for step in shown]
     return "\n".join(f"{name:<26}" + "".join(f"{cell:>8}" for cell in cells) for name, cells in rows.items())
+
+
+def falls(made: Predictions, labels: np.ndarray | None) -> list[str]:
+    """A warning for each set, support and query, of which more came out right before the last step."""
+    shares = {"support": made.support_accuracy}
+    if labels is not None:
+        shares["query"] = (made.predictions == labels).mean(-1)
+    return [
+        f"warning: {name} accuracy falls from {100 * share.max():.1f} % after step {share.argmax()} to "
+        f"{100 * share[-1]:.1f} % after step {len(share) - 1}. Try a smaller --update_lr, or "
+        f"--test_num_updates={max(1, share.argmax())}.\n"
+        for name, share in shares.items()
+        if share.max() > share[-1]
+    ]
 
 
 def accuracy(predictions: np.ndarray, labels: np.ndarray) -> str:
@@ -106,7 +123,7 @@ def draw_steps(path: pathlib.Path, made: Predictions, labels: np.ndarray | None)
 
 def out_folder(out: str | None, support: pathlib.Path, query: pathlib.Path) -> pathlib.Path:
     """The folder of the results; raises UserError if that would overwrite, or be read as, something else."""
-    folder = pathlib.Path(out or f"adapted-{query.resolve().stem}")
+    folder = pathlib.Path(out) if out else _unused(pathlib.Path(f"adapted-{query.resolve().stem}"))
     if not folder.resolve().parent.is_dir() or (folder.exists() and not folder.is_dir()):
         raise UserError(
             f"--out={folder}: expected a folder or the name of a new one, got "
@@ -129,6 +146,12 @@ def out_folder(out: str | None, support: pathlib.Path, query: pathlib.Path) -> p
     return folder
 
 
+def _unused(folder: pathlib.Path) -> pathlib.Path:
+    """The folder, or NAME-2, NAME-3, …: the first that is not there yet."""
+    names = (folder, *(folder.with_name(f"{folder.name}-{i}") for i in range(2, 1000)))
+    return next((name for name in names if not name.exists()), folder)
+
+
 def write(
     out: pathlib.Path, classes: tuple[str, ...], support: Photographs, query: Photographs, made: Predictions
 ) -> list[str]:
@@ -139,6 +162,8 @@ def write(
     """
     written = [CSV, SHEET]
     try:
+        if (out / CSV).exists():
+            print(f"replacing the results of an earlier call in {out}")
         out.mkdir(exist_ok=True)
         files.write_whole(out / CSV, as_csv(classes, query, made.probabilities[-1]))
         contact_sheet.draw(out / SHEET, classes, support, query, made.probabilities[-1])

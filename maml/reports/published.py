@@ -1,5 +1,6 @@
 """The experiments of the papers: their published figures, and where they stand."""
 
+import re
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import NamedTuple
@@ -30,6 +31,7 @@ class Cell(NamedTuple):
         group: the table it belongs to.
         place: where the paper has it, or whose paper that is.
         steps: inner steps at test that the row (or rows) are about; 0 for learners that have none.
+        hours: to train it on two otherwise idle cores.
         paper: {steps: the paper's figure}; accuracies in %.
         original: the same of the original code, re-run; from `shared/DESIGN.md`.
         learner: a name in `maml.tables.LEARNERS`.
@@ -38,6 +40,7 @@ class Cell(NamedTuple):
     group: str
     place: str
     steps: tuple[int, ...]
+    hours: float
     paper: Mapping[int, Figure] = MappingProxyType({})
     original: Mapping[int, Figure] = MappingProxyType({})
     learner: str = "maml"
@@ -46,21 +49,23 @@ class Cell(NamedTuple):
 def _sinusoid(paper: dict[int, float] | None = None, original: dict[int, Figure] | None = None) -> Cell:
     figures = {steps: Figure(mean) for steps, mean in (paper or {}).items()}
     place = "section 5.1" if paper is None else "appendix"
-    return Cell("Sinusoid", place, (1, 5, 10), figures, original or {})
+    return Cell("Sinusoid", place, (1, 5, 10), 0.01, figures, original or {})
 
 
 def _oracle() -> Cell:
     # It knows the task and has nothing to adapt to: the figure is that before any step.
-    return Cell("Sinusoid", "section 5.1", (0, 1, 10))
+    return Cell("Sinusoid", "section 5.1", (0, 1, 10), 0.01)
 
 
-def _images(group: str, steps: int, mean: float, ci95: float, *, also: tuple[int, ...] = ()) -> Cell:
-    return Cell(group, "table 1", (*also, steps), {steps: Figure(mean, ci95)})
+def _images(
+    group: str, steps: int, mean: float, ci95: float, hours: float, *, also: tuple[int, ...] = ()
+) -> Cell:
+    return Cell(group, "table 1", (*also, steps), hours, {steps: Figure(mean, ci95)})
 
 
-def _five_way(mean: float, ci95: float) -> Cell:
+def _five_way(mean: float, ci95: float, hours: float) -> Cell:
     # Trained with one step and tested after three, which a young network may not bear.
-    return _images("Omniglot", 3, mean, ci95, also=(1,))
+    return _images("Omniglot", 3, mean, ci95, hours, also=(1,))
 
 
 MAML_CELLS: Mapping[str, Cell] = {
@@ -75,18 +80,30 @@ MAML_CELLS: Mapping[str, Cell] = {
     "sinusoid_20shot": _sinusoid(),
     "sinusoid_20shot_pretrained": _sinusoid(),
     "sinusoid_20shot_oracle": _oracle(),
-    "omniglot_5way_1shot": _five_way(98.7, 0.4),
-    "omniglot_5way_5shot": _five_way(99.9, 0.1),
-    "omniglot_20way_1shot": _images("Omniglot", 5, 95.8, 0.3),
-    "omniglot_20way_5shot": _images("Omniglot", 5, 98.9, 0.2),
-    "omniglot_5way_1shot_noconv": _five_way(89.7, 1.1),
-    "omniglot_5way_5shot_noconv": _five_way(97.5, 0.6),
-    "miniimagenet_5way_1shot": _images("mini-ImageNet", 10, 48.70, 1.84),
-    "miniimagenet_5way_1shot_first_order": _images("mini-ImageNet", 10, 48.07, 1.75),
-    "miniimagenet_5way_5shot": _images("mini-ImageNet", 10, 63.11, 0.92),
-    "miniimagenet_5way_5shot_first_order": _images("mini-ImageNet", 10, 63.15, 0.91),
-    "photographs_5way_1shot": Cell("Photographs", "not in the paper", (10,)),
+    "omniglot_5way_1shot": _five_way(98.7, 0.4, 1.3),
+    "omniglot_5way_5shot": _five_way(99.9, 0.1, 7),
+    "omniglot_20way_1shot": _images("Omniglot", 5, 95.8, 0.3, 11),
+    "omniglot_20way_5shot": _images("Omniglot", 5, 98.9, 0.2, 50),
+    "omniglot_5way_1shot_noconv": _five_way(89.7, 1.1, 0.5),
+    "omniglot_5way_5shot_noconv": _five_way(97.5, 0.6, 1),
+    "miniimagenet_5way_1shot": _images("mini-ImageNet", 10, 48.70, 1.84, 18),
+    "miniimagenet_5way_1shot_first_order": _images("mini-ImageNet", 10, 48.07, 1.75, 11),
+    "miniimagenet_5way_5shot": _images("mini-ImageNet", 10, 63.11, 0.92, 44),
+    "miniimagenet_5way_5shot_first_order": _images("mini-ImageNet", 10, 63.15, 0.91, 25),
+    "photographs_5way_1shot": Cell("Photographs", "not in the paper", (10,), 10),
 }
+
+
+NAMES = {"omniglot": "Omniglot", "miniimagenet": "mini-ImageNet", "noconv": "fully connected"}
+
+
+def title(cell: str) -> str:
+    """The name of a cell for people: "Omniglot 5-way 1-shot, fully connected"."""
+    found = re.fullmatch(r"([a-z]+)_(?:(\d+)way_)?(\d+)shot(?:_(\w+))?", cell)
+    source, way, shot, kind = found.groups()
+    parts = [NAMES.get(source, source), way and f"{way}-way", f"{shot}-shot"]
+    kind = kind and NAMES.get(kind, kind.replace("_", " "))
+    return " ".join(filter(None, parts)) + (f", {kind}" if kind else "")
 
 
 # {learner: {(data set, way, shot): its paper's accuracy, %}}. What is marked as remembered in our sources is
@@ -197,6 +214,20 @@ PAPERS: Mapping[str, str] = {
 }
 TESTED_STEPS = {"fomaml": 10, "reptile": 50, "anil": 10, "meta_sgd": 1, "maml_plus_plus": 5, "leo": 10}
 GROUPS = {"omniglot": "Omniglot, other learners", "miniimagenet": "mini-ImageNet, other learners"}
+# Hours to train each of a learner's cells, in the order of `LEARNERS`: iterations times the time of one.
+HOURS: Mapping[str, tuple[float, ...]] = {
+    "fomaml": (0.8, 4, 7, 30),
+    "reptile": (1.5, 1.5, 11, 11, 17, 17),
+    "anil": (2, 8, 3, 7),
+    "meta_sgd": (1.5, 7, 4, 16, 6, 12, 24, 45),
+    "maml_plus_plus": (2.5, 8, 10, 40, 14, 35),
+    "leo": (1, 3),
+    "prototypical": (1, 1.5, 1, 1.5, 15, 20),
+    "semi_prototypical": (0.3, 14, 20),
+    "matching": (0.1, 0.1, 0.1, 0.1, 7, 9),
+    "relation": (22, 22, 110, 110, 70, 60),
+    "siamese": (28, 28, 28, 28),
+}
 # Cells that are a variant of the learner, whose figure is another: with distractors, with full context.
 VARIANTS: Mapping[str, Figure] = {
     "omniglot_5way_1shot_semi_prototypical_distractors": Figure(97.30, deviation=0.08),
@@ -208,25 +239,20 @@ VARIANTS: Mapping[str, Figure] = {
 
 
 def _of_learners() -> dict[str, Cell]:
-    found = {
-        f"{source}_{way}way_{shot}shot_{learner}": (learner, figure)
-        for learner, figures in LEARNERS.items()
-        for (source, way, shot), figure in figures.items()
-        if learner in PAPERS and (learner, source) != ("fomaml", "miniimagenet")  # a cell of MAML's paper
-    }
-    for name, figure in VARIANTS.items():
-        learner = "matching" if "matching" in name else "semi_prototypical"
-        found[name] = (learner, figure)
-    return {
-        name: Cell(
-            GROUPS[name.split("_")[0]],
-            PAPERS[learner],
-            (TESTED_STEPS.get(learner, 0),),
-            {TESTED_STEPS.get(learner, 0): figure},
-            learner=learner,
-        )
-        for name, (learner, figure) in found.items()
-    }
+    found: dict[str, Cell] = {}
+    for learner, hours in HOURS.items():
+        steps = TESTED_STEPS.get(learner, 0)
+        figures = LEARNERS[learner].items()
+        if learner == "fomaml":  # those on mini-ImageNet are cells of MAML's paper
+            figures = [(task, figure) for task, figure in figures if task[0] != "miniimagenet"]
+        for ((source, way, shot), figure), each in zip(figures, hours, strict=True):
+            name = f"{source}_{way}way_{shot}shot_{learner}"
+            figure = VARIANTS.get(name, figure)
+            cell = Cell(GROUPS[source], PAPERS[learner], (steps,), each, {steps: figure}, learner=learner)
+            found[name] = cell
+            if (variant := f"{name}_distractors") in VARIANTS:
+                found[variant] = cell._replace(paper={steps: VARIANTS[variant]})
+    return found
 
 
 CELLS: Mapping[str, Cell] = {**MAML_CELLS, **_of_learners()}

@@ -10,23 +10,20 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from maml.reports import charts
-from maml.reports.published import CELLS, Cell, Figure
+from maml.reports.published import CELLS, Cell, Figure, title
 from maml.runs import files, results
 from maml.runs.files import write_whole
 from maml.settings.jobs import Job
 
 HEADER = """# Results
 
-Written by `maml reproduce`; every row is a run of the command beside it, which wants only
+Written by `maml reproduce`; every row is a run of the command below its table, which wants only
 `--logdir` and `--data_dir` added. Means ± 95 % confidence intervals over the test tasks (1.96·std/√tasks);
 of several seeds, of the mean over seeds (lowest–highest). The difference is to the paper or, where that has
 no figure, to the original re-run: "within" means that it is no larger than the two intervals together. A
 cell trained for fewer iterations than the paper's is not compared.
 """
-COLUMNS = (
-    "experiment", "steps at test", "paper", "original, re-run", "ours", "difference", "iterations",
-    "protocol", "command",
-)  # fmt: skip
+COLUMNS = ("experiment", "steps", "paper", "original, re-run", "ours", "difference", "iterations")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +55,7 @@ def write(folder: pathlib.Path, outcomes: Sequence[Outcome]) -> None:
         unit = "mean squared error" if group == "Sinusoid" else "accuracy, %"
         lines += [f"## {group}: {unit}\n", _row(COLUMNS), _row(["---"] * len(COLUMNS))]
         lines += [_row(row) for outcome in members for row in _rows(outcome)]
+        lines += ["", *(_note(outcome) for outcome in members)]
         lines += [f"\n![{group}]({path.name})" for path in _figures(folder, group, members)]
         lines.append("")
     missing = [outcome.name for outcome in outcomes if not outcome.entries]
@@ -74,23 +72,28 @@ def _row(cells: Sequence[str]) -> str:
 
 def _rows(outcome: Outcome) -> Iterator[list[str]]:
     cell, entries = outcome.cell, outcome.entries
-    job, entry = entries[0]
+    entry = entries[0][1]
     percent = entry["measure"] == "accuracy"
     partial = entry["trained_iterations"] < outcome.full_iterations
-    command = f"`{_command(job, entry)}`"
-    run = [_iterations(entries, outcome.full_iterations), _protocol(entry, len(entries)), command]
     for steps in cell.steps:
         ours = [_figure(entry, steps) for _, entry in entries]
         reference = cell.paper.get(steps) or cell.original.get(steps)
         yield [
-            f"{outcome.name} ({cell.place})" if steps == cell.steps[0] else "",
+            f"{title(outcome.name)} ({cell.place})" if steps == cell.steps[0] else "",
             str(steps),
             _shown(cell.paper.get(steps), percent),
             _shown(cell.original.get(steps), percent),
             _shown_over_seeds(ours, percent),
             "" if partial or reference is None else _difference(ours, reference, percent),
-            *(run if steps == cell.steps[0] else [""] * len(run)),
+            _iterations(entries, outcome.full_iterations) if steps == cell.steps[0] else "",
         ]
+
+
+def _note(outcome: Outcome) -> str:
+    """Protocol and command of a cell."""
+    job, entry = outcome.entries[0]
+    protocol = _protocol(entry, len(outcome.entries))
+    return f"- {title(outcome.name)}: {protocol}; `{_command(job, entry)}`"
 
 
 def _figure(entry: dict, steps: int) -> Figure:
@@ -221,15 +224,16 @@ def _step_panels(members: Sequence[Outcome]) -> list[charts.Panel]:
         job, entry = outcome.entries[0]
         measured = entry["results"]["query"][entry["measure"]]
         scale = 100 if entry["measure"] == "accuracy" else 1
-        title = job.settings.task
-        label = outcome.name.split("shot")[-1].strip("_").replace("_", " ") or "MAML"
+        panel = job.settings.task
+        label = title(outcome.name).partition(", ")[2] or "MAML"
         mean, ci95 = (scale * np.array(measured[name]) for name in ("mean", "ci95"))
         if job.settings.baseline == "oracle":
             # It knows the task and should not adapt: steps from so sharp a minimum only lead away.
             label, mean, ci95 = "oracle, no step", 0 * mean + mean[0], 0 * ci95 + ci95[0]
-        panels.setdefault(title, []).append(charts.Line(label, range(len(mean)), mean, ci95))
+        panels.setdefault(panel, []).append(charts.Line(label, range(len(mean)), mean, ci95))
     y_label = "mean squared error" if not job.settings.classification else "accuracy, %"
-    return [charts.Panel(title, "gradient steps at test", y_label, lines) for title, lines in panels.items()]
+    steps = "gradient steps at test"
+    return [charts.Panel(name, steps, y_label, lines) for name, lines in panels.items()]
 
 
 def _iteration_panel(outcome: Outcome) -> charts.Panel | None:
@@ -249,5 +253,5 @@ def _iteration_panel(outcome: Outcome) -> charts.Panel | None:
         points = {i: scale * row[column] for i, row in rows.items() if column in row}
         if points:
             lines.append(charts.Line(label, list(points), list(points.values())))
-    y_label = "validation accuracy, %" if measure == "accuracy" else "validation MSE"
-    return charts.Panel(outcome.name, "meta-iterations", y_label, lines) if len(rows) > 1 else None
+    y_label = "validation accuracy, %" if measure == "accuracy" else "validation mean squared error"
+    return charts.Panel(title(outcome.name), "meta-iterations", y_label, lines) if len(rows) > 1 else None

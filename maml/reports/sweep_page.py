@@ -120,7 +120,7 @@ def _numbers(outcomes: Sequence[Outcome]) -> str:
     rows = []
     for outcome in outcomes:
         job = outcome.combination.job
-        about = {**outcome.combination.values, "run": job.settings.run_name, **outcome.entry["protocol"]}
+        about = {**outcome.combination.values, "run": job.settings.folder_name, **outcome.entry["protocol"]}
         about |= {"iterations": outcome.entry["iterations"], "measure": outcome.measure}
         by_set = {part: outcome.entry["results"][part][outcome.measure] for part in ("query", "support")}
         for step in range(len(outcome.query["mean"])):

@@ -205,7 +205,7 @@ def show_tests(run: Run) -> None:
                 {"iterations": entry["iterations"]} | flags,
                 metrics,
                 entry["iterations"],
-                name=f"{settings.run_name}, test {number}",
+                name=f"{settings.folder_name}, test {number}",
                 card=_card(entry),
             )
 

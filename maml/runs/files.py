@@ -70,9 +70,9 @@ def test_settings(run: pathlib.Path, given: list[str]) -> Settings:
             f"{run}: expected a run folder (flags, checkpoints/), got none. Use a folder of --logdir's."
         )
     settings = parse([f"--flagfile={run / 'flags'}", *given, f"--logdir={run.parent}", "--train=False"])
-    if settings.run_name != run.name:
+    if settings.folder_name != run.name:
         raise UserError(
-            f"expected a run folder named {settings.run_name}, as its flags and those given make it, got "
+            f"expected a run folder named {settings.folder_name}, as its flags and those given make it, got "
             f"{run.name}. Rename the folder, or leave out flags that are not of the test."
         )
     return settings

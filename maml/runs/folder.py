@@ -17,9 +17,10 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.plugins.image.metadata import create_summary_metadata
 from tensorboard.plugins.scalar.summary_v2 import scalar_pb
 
+from maml import tables
 from maml.episodes import Episode
 from maml.errors import Failure, UserError
-from maml.runs import events, original
+from maml.runs import events, original, shipped
 from maml.runs.files import csv_text, saved_iterations, tag, validations, write_whole
 from maml.settings.run_name import OF_TEST
 from maml.settings.settings import Settings, as_flagfile, parse, read_flagfile
@@ -28,7 +29,7 @@ from maml.training.loop import METATRAIN, PRETRAIN, Phase
 # Flags that may differ between a run and its continuation: they change how long and how it is
 # watched, not what is computed.
 FREE_FLAGS = {
-    "metatrain_iterations", "log", "logdir", "resume", "train", "test_set", "test_num_query",
+    "metatrain_iterations", "log", "logdir", "run_name", "resume", "train", "test_set", "test_num_query",
     "test_num_updates", "num_test_tasks", "test_ensemble", "transductive", "data_dir", "save_interval",
     "tasks_per_chunk", "jit_compile", "deterministic", "keep", "on_nan",
 }  # fmt: skip
@@ -203,7 +204,7 @@ class Run:
         there = saved_iterations(self.dir)
         asked = self.settings.test_iter if iteration is None else iteration
         if not there:
-            siblings = sorted(path.name for path in self.dir.parent.glob("cls_*") if path.is_dir())
+            siblings = sorted(path.parent.name for path in self.dir.parent.glob("*/flags"))
             raise UserError(
                 f"found no checkpoint in {self.dir}; runs under {self.dir.parent}: "
                 f"{', '.join(siblings) or 'none'}. Train first, or give the flags the run was trained with "
@@ -327,6 +328,9 @@ class Run:
         Raises:
             UserError: if they are not there, or those of another network.
         """
+        if self.settings.init_from in tables.shipped():
+            shipped.load(network, tables.weights("--init_from", self.settings.init_from))
+            return
         path = pathlib.Path(self.settings.init_from)
         if path.is_dir():
             there = saved_iterations(path)
@@ -350,7 +354,7 @@ class Run:
         """A run folder may only be resumed under the settings it was begun with."""
         try:
             # By way of the settings, so that a flag newer than the run has its default.
-            before = read_flagfile(as_flagfile(parse([f"--flagfile={self.dir / 'flags'}"])))
+            before = read_flagfile(as_flagfile(parse([f"--flagfile={self.dir / 'flags'}", "--train=False"])))
         except UserError as error:
             raise UserError(
                 f"{self.dir / 'flags'}: missing or damaged ({error}), expected to tell what the run is. "

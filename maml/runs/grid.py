@@ -108,7 +108,7 @@ def plan(grid: dict[str, list[str]], base: Sequence[str]) -> list[Combination]:
             raise UserError(f"--grid, {in_words(values.items())}: {error}") from error
         combination = Combination(values, job)
         # This is also how results are found again, so that no two can take each other's.
-        key = (job.settings.run_name, tuple(results.protocol(job.settings).items()))
+        key = (job.settings.folder_name, tuple(results.protocol(job.settings).items()))
         twin = seen.setdefault(key, combination)
         if twin is not combination:
             differing = [name for name in grid if twin.values[name] != values[name]]

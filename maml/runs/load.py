@@ -7,8 +7,10 @@ import pathlib
 import keras
 import tensorflow as tf
 
+from maml import tables
 from maml.learners.base import Algorithm
 from maml.learners.library import Learner
+from maml.learners.losses import Loss
 from maml.runs import build
 from maml.runs.data import input_shape
 from maml.runs.ensemble import Ensemble, restored
@@ -36,30 +38,64 @@ def load_run(path: str | os.PathLike, *, checkpoint: str = "newest") -> Learner:
     """
     path = pathlib.Path(path)
     if path.is_dir():
-        found = test_settings(path, [f"--checkpoint={checkpoint}"])
-    else:
-        found = parse([*PUBLISHED, f"--init_from={path}", "--train=False"])
-    network, iteration = trained_network(found, from_run=path.is_dir())
+        return _learner(test_settings(path, [f"--checkpoint={checkpoint}"]), from_run=True)
+    return _learner(parse([*PUBLISHED, f"--init_from={path}", "--train=False"]), from_run=False)
+
+
+def load_pretrained(name: str) -> Learner:
+    """A learner with weights that come with the package, ready to `adapt` or, of a metric learner, `predict`.
+
+        learner = maml.load_pretrained("omniglot_5way_1shot")
+        model = learner.adapt(support_x, support_y, steps=3)  # drawings [n, 28, 28, 1], ink 1; labels [n]
+
+    See `load_run` for its inputs and loss. Nothing is downloaded; the file's checksum is compared.
+
+    Args:
+        name: as `maml list weights` shows it.
+
+    Raises:
+        UserError: for another name, with those most like it, or if the file is damaged.
+    """
+    weights = tables.weights("load_pretrained", name)
+    learner = _learner(parse([*weights.arguments, f"--init_from={name}", "--train=False"]), from_run=False)
+    learner.iteration = weights.iteration
+    return learner
+
+
+def _learner(settings: Settings, *, from_run: bool) -> Learner:
+    """The learner of the settings with its learned weights; see `trained`."""
+    algorithm, iteration = trained(settings, from_run=from_run)
+    kind, source = type(algorithm), settings.dataset
+    network = algorithm.network if source.scale == 1 else _of_pixels(algorithm.network, source.scale)
+    options = dict(inner_steps=settings.num_updates, clip=source.clip) | kind.arguments(settings)
+    learner = Learner(
+        network,
+        _loss(kind, settings),
+        algorithm=settings.learner,
+        classification=settings.classification,
+        meta_lr=settings.meta_lr,
+        **options,
+    )
+    of_run = [*algorithm.extra_variables, *algorithm.state_variables]
+    own = [*learner.algorithm.extra_variables, *learner.algorithm.state_variables]
+    for variable, value in zip(own, of_run, strict=True):
+        variable.assign(value)
+    learner.iteration = iteration
+    return learner
+
+
+def _loss(kind: type[Algorithm], settings: Settings) -> Loss:
+    """The loss of a run; the original's, a sum over K, so that it means the same for any support set."""
+    if not settings.classification:
+        return "mse"
+    if kind.loss_function.__func__ is not Algorithm.loss_function.__func__:
+        return kind.loss_function(settings)
 
     def n_times_the_mean(labels: tf.Tensor, logits: tf.Tensor) -> tf.Tensor:
         losses = tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits)
-        return found.num_classes * tf.reduce_mean(losses)
+        return settings.num_classes * tf.reduce_mean(losses)
 
-    source = found.dataset
-    if source.scale != 1:
-        network = _of_pixels(network, source.scale)
-    learner = Learner(
-        network,
-        n_times_the_mean if found.classification else "mse",
-        inner_lr=found.update_lr,
-        inner_steps=found.num_updates,
-        first_order=found.stop_grad,
-        classification=found.classification,
-        meta_lr=found.meta_lr,
-        clip=source.clip,
-    )
-    learner.iteration = iteration
-    return learner
+    return n_times_the_mean
 
 
 def _of_pixels(network: keras.Model, scale: float) -> keras.Model:

@@ -1,9 +1,11 @@
 """Combinations of flags that make no sense; each error names them."""
 
+import pathlib
 from collections.abc import Mapping
 
 from maml.errors import UserError
-from maml.tables import Dataset, learner, network
+from maml.settings.run_name import RANDOM
+from maml.tables import Dataset, learner, network, shipped, weights
 
 # Flags that not every network reads, as the flagfile of a run has them where its network reads none.
 UNREAD = {"max_pool": False, "num_filters": 64}
@@ -99,9 +101,40 @@ def _check_training(values: Mapping[str, object]) -> None:
             "--metatrain_iterations=0. Set one of them, or test with --train=False, or other weights by "
             "--init_from (--init_from=random: untrained ones)."
         )
+    check_init_from(values["init_from"])
+
+
+def check_init_from(name: str | None) -> None:
+    """Raises UserError if `--init_from` names nothing that is there, neither shipped weights nor files.
+
+    Not of a test, whose run folder may have outlived the weights that it began with.
+    """
+    if not name or name == RANDOM or name in shipped():
+        return
+    path = pathlib.Path(name)
+    stem, _, ending = path.name.rpartition(".")
+    if path.is_file() and (ending == "index" or ending.startswith("data-")):
+        raise UserError(
+            f"--init_from={name}: expected the name of a checkpoint as before .{ending}, got one of its "
+            f"files. Use --init_from={path.with_name(stem)}."
+        )
+    if path.is_dir() or path.with_name(f"{path.name}.index").is_file():
+        return
+    if "/" in name or path.exists():
+        raise UserError(
+            f"--init_from={name}: expected a run folder, or a checkpoint by its name as before .index, got "
+            f"{'another file' if path.exists() else 'nothing there'}. Check the path."
+        )
+    weights("--init_from, with no such folder or checkpoint here", name)
 
 
 def _check_checkpoint(values: Mapping[str, object]) -> None:
+    iterations = values["pretrain_iterations"] + values["metatrain_iterations"]
+    if values["checkpoint"] == "best" and values["train"] and not iterations:
+        raise UserError(
+            "--checkpoint=best: expected iterations to choose the best of, got --metatrain_iterations=0. "
+            "Leave out --checkpoint=best."
+        )
     if values["checkpoint"] == "best" and values["test_iter"] != -1:
         raise UserError(
             f"expected one choice of the checkpoint, got --checkpoint=best and --test_iter="

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from maml import tables
+from maml.errors import UserError
 from maml.settings.flags import of_settings
 from maml.settings.parsing import FLAGFILES, flagfiles
 from maml.settings.settings import FLAGS, Settings, parse
@@ -52,6 +53,12 @@ def read_by(learner: str, arguments: Sequence[str]) -> list[str]:
 def _name(argument: str) -> str:
     name = argument.removeprefix("--").partition("=")[0]
     return name if name in FLAGS else name.removeprefix("no")
+
+
+def check_no_name() -> None:
+    """Raises UserError if `--run_name` was given to a command of several runs."""
+    if FLAGS["run_name"].present:
+        raise UserError("expected no --run_name, got one: this command has many runs. Leave it out.")
 
 
 def given_flags(but: Sequence[str] = ()) -> list[str]:

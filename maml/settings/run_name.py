@@ -5,6 +5,7 @@ import pathlib
 import re
 from typing import TYPE_CHECKING
 
+from maml import tables
 from maml.settings.own import DEFAULT_LEARNER, changed
 from maml.settings.parsing import LONGEST_PART
 
@@ -16,8 +17,8 @@ OF_TEST = ("test_", "eval_")  # beginnings of the names of a learner's flags tha
 RANDOM = "random"  # in the place of weights to begin with
 
 
-def run_name(settings: "Settings") -> str:
-    """The name of the folder of a run."""
+def made_name(settings: "Settings") -> str:
+    """The name of the folder of a run whose flags name none."""
     name = (
         f"cls_{settings.num_classes}.mbs_{settings.meta_batch_size}.ubs_{settings.train_update_batch_size}"
         f".numstep{settings.num_updates}.updatelr{settings.train_update_lr}"
@@ -38,6 +39,8 @@ def _parts(settings: "Settings") -> list[str | None]:
     data, start = settings.dataset, None
     if settings.init_from == RANDOM:
         start = "from-random"
+    elif settings.init_from in tables.shipped():
+        start = f"from-{settings.init_from}"
     elif settings.init_from:
         where = str(pathlib.Path(settings.init_from).resolve())
         start = f"from-{hashlib.sha256(where.encode()).hexdigest()[:8]}"

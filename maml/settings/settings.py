@@ -6,6 +6,7 @@ This module imports nothing heavy: a mistyped flag is answered at once.
 import dataclasses
 import os
 import pathlib
+import re
 from collections.abc import Mapping, Sequence
 
 from absl import flags
@@ -29,7 +30,7 @@ from maml.settings.flags import (
     read,
 )
 from maml.settings.own import DEFAULT_LEARNER, changed, flags_of
-from maml.settings.run_name import NORMS, run_name
+from maml.settings.run_name import NORMS, made_name
 from maml.settings.run_name import RANDOM as RANDOM
 
 FLAGS = flags.FLAGS
@@ -98,9 +99,9 @@ class Settings:
     init_from: str | None = option(
         NETWORK,
         None,
-        "weights to begin with, of a run or a checkpoint; or 'random'\n\n"
+        "weights to begin with: a run, a checkpoint, a name of `maml list weights`, or 'random'\n\n"
         "The newest checkpoint of a run folder, or one by its name, the original's too; 'random' for fresh "
-        "ones, to test them with --metatrain_iterations=0.",
+        "ones. With --metatrain_iterations=0 they are tested as they are.",
     )
 
     update_lr: float = option(
@@ -170,6 +171,12 @@ class Settings:
         "runs",
         "folder that holds the run folders\n\nIn the current folder, beside adapted images and results. "
         "The original's is /tmp/data, which a restart empties and other users can write to.",
+    )
+    run_name: str | None = option(
+        FOLDER,
+        None,
+        "name of the run folder [as the original's, made of the flags]\n\n"
+        "Short names are easier to read in TensorBoard's list. Runs of other settings need other names.",
     )
     resume: bool = option(FOLDER, True, "resume from the newest checkpoint of this run, if there is one")
     save_interval: int = option(FOLDER, 1000, "iterations between checkpoints (and validations)", 1)
@@ -275,14 +282,14 @@ class Settings:
         return "test" if self.test_set else "val"
 
     @property
-    def run_name(self) -> str:
-        """The original's run folder name, extended where its omissions would make runs collide."""
-        return run_name(self)
+    def folder_name(self) -> str:
+        """`--run_name`, or the original's name, extended where its omissions would make runs collide."""
+        return self.run_name or made_name(self)
 
     @property
     def run_dir(self) -> pathlib.Path:
         """Folder of this run."""
-        return pathlib.Path(self.logdir) / self.run_name
+        return pathlib.Path(self.logdir) / self.folder_name
 
 
 define(FLAGS, Settings)
@@ -350,10 +357,15 @@ def resolve(values: flags.FlagValues = FLAGS) -> tuple[Settings, dict[str, objec
             f"by itself. Leave out --notransductive."
         )
     settings = Settings(**given, own=own)
-    if len(settings.run_name) > parsing.LONGEST_PART:
+    if not re.fullmatch(r"[\w.-]+", settings.folder_name) or not settings.folder_name.strip("."):
+        raise UserError(
+            f"expected a folder name of letters, digits, '_', '-' and '.', got "
+            f"--run_name={settings.run_name}."
+        )
+    if len(settings.folder_name) > parsing.LONGEST_PART:
         raise UserError(
             f"expected a run folder's name of at most {parsing.LONGEST_PART} characters, got one of "
-            f"{len(settings.run_name)} ({settings.run_name}). Rename the folder of --data_dir."
+            f"{len(settings.folder_name)} ({settings.folder_name}). Use --run_name=NAME."
         )
     return settings, paper | from_paper
 

@@ -18,3 +18,5 @@ from maml.tables.lookup import load as load
 from maml.tables.lookup import network as network
 from maml.tables.networks import NETWORKS as NETWORKS
 from maml.tables.networks import Network as Network
+from maml.tables.pretrained import shipped as shipped
+from maml.tables.pretrained import weights as weights

@@ -145,13 +145,10 @@ def given_blocks(
 
 def _laid_out(episodes: list[Episode], meta_batch: int, length: int) -> Episode:
     """[length, meta-batch, …], filled up with zeros: one shape, so that no block is traced anew."""
-
-    def lay(rows: np.ndarray) -> tf.Tensor:
-        filled = np.zeros((length * meta_batch, *rows.shape[1:]), rows.dtype)
-        filled[: len(rows)] = rows
-        return tf.constant(filled.reshape(length, meta_batch, *rows.shape[1:]))
-
-    return tf.nest.map_structure(lay, stack(episodes))
+    return tf.nest.map_structure(
+        lambda rows: tf.constant(rows.reshape(length, meta_batch, *rows.shape[1:])),
+        stack(episodes, length * meta_batch),
+    )
 
 
 class Position:

@@ -142,32 +142,54 @@ class Needs(NamedTuple):
 
     def drawn(self, stream: Iterator[Sequence], count: int) -> list[Episode]:
         """Up to `count` episodes of a stream, fewer where it ends."""
-        single = not (_is_structure(self.inputs) or _is_structure(self.outputs) or self.described)
-        fitting = self._quickly if single else self.fitting
-        return [fitting(item) for item in itertools.islice(stream, count)]
+        items = itertools.islice(stream, count)
+        if _is_structure(self.inputs) or _is_structure(self.outputs) or self.described:
+            return list(map(self.fitting, items))
+        return list(self._quickly(items))
 
-    def _quickly(self, item: Sequence) -> Episode:
-        """`fitting` of a model with one input and one output."""
-        if isinstance(item, tuple | list) and len(item) == 4:
-            x, y, query_x, query_y = item
-            if all(type(part) is np.ndarray and part.dtype.kind in "fiub" for part in item):
-                return Episode(
+    def _quickly(self, items: Iterator[Sequence]) -> Iterator[Episode]:
+        """`fitting` of a model with one input and one output: what is like the one before fits too."""
+        before = None
+        for item in items:
+            kinds = None
+            if isinstance(item, tuple | list) and len(item) == 4:
+                x, y, query_x, query_y = item
+                if type(x) is type(y) is type(query_x) is type(query_y) is np.ndarray:
+                    kinds = (
+                        (x.shape, y.shape, query_x.shape, query_y.shape),
+                        (x.dtype, y.dtype, query_x.dtype, query_y.dtype),
+                    )
+            if kinds is None or any(kind.kind not in "fiub" for kind in kinds[1]):
+                yield self.fitting(item)
+            elif kinds == before:
+                yield Episode(x, y, query_x, query_y)
+            else:
+                found = Episode(
                     *self._fitting_arrays("support", x, y), *self._fitting_arrays("query", query_x, query_y)
                 )
-        return self.fitting(item)
+                if found.support_y is y and found.query_y is query_y:  # taken as it is, whatever its values
+                    before = kinds
+                yield found
 
 
-def stack(episodes: Sequence[Episode]) -> Episode:
-    """Episodes of the same shapes, along a new leading axis; raises UserError for NaN."""
-    stacked = type(episodes[0])(*map(_stacked, zip(*episodes, strict=True)))
-    check_finite(stacked)
-    return stacked
+def stack(episodes: Sequence[Episode], length: int | None = None) -> Episode:
+    """Episodes of the same shapes, along a new leading axis, filled up with zeros to `length`.
 
+    Raises:
+        UserError: for NaN.
+    """
 
-def _stacked(rows: Sequence[Arrays]) -> Arrays:
-    if isinstance(rows[0], np.ndarray):
-        return np.stack(rows)
-    return tf.nest.map_structure(lambda *arrays: np.stack(arrays), *rows)
+    def stacked(*rows: np.ndarray) -> np.ndarray:
+        out = np.zeros((length or len(rows), *rows[0].shape), np.result_type(*{row.dtype for row in rows}))
+        np.stack(rows, out=out[: len(rows)])
+        return out
+
+    def together(rows: Sequence[Arrays]) -> Arrays:
+        return stacked(*rows) if isinstance(rows[0], np.ndarray) else tf.nest.map_structure(stacked, *rows)
+
+    found = type(episodes[0])(*map(together, zip(*episodes, strict=True)))
+    check_finite(found)
+    return found
 
 
 def shapes_of(episode: Episode) -> tuple[tuple[int, ...], ...]:

@@ -183,8 +183,8 @@ def test_a_run_of_omniglot_takes_colour_photographs(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("run", "init_from", "message"),
     [
-        (None, None, "expected one trained network, got neither --run nor --init_from"),
-        ("a", "b", "got both --run and --init_from"),
+        (None, None, r"expected one trained network, got none\. Use --weights=NAME"),
+        ("a", "b", "got --run and --init_from"),
         ("{}/empty", None, "expected a run folder .* got none"),
         (
             "{}/cls_5.mbs_25.ubs_5.numstep1.updatelr0.001nonorm",
@@ -216,7 +216,9 @@ def test_what_is_no_network_for_images_is_refused(run, init_from, message, tmp_p
 
 def some_predictions(n: int, way: int) -> Predictions:
     odds = np.random.default_rng(3).random((3, n, way))
-    return Predictions(np.array([3.0, 2.0, 1.0]), odds / odds.sum(-1, keepdims=True))
+    return Predictions(
+        np.array([3.0, 2.0, 1.0]), odds / odds.sum(-1, keepdims=True), np.array([0.2, 0.6, 0.5])
+    )
 
 
 def seen(picture: pathlib.Path) -> np.ndarray:
@@ -263,23 +265,28 @@ def test_tables_on_the_terminal():
     assert [line.endswith("(wrong)") for line in lines[1:41]] == wrong.tolist()
     known = predictions.step_table(made, query.labels).splitlines()
     assert known[1].split() == ["support", "loss", "3.000", "2.000", "1.000"]
+    assert known[2].split() == ["support", "accuracy,", "%", "20.0", "60.0", "50.0"]
     right = 100 * (made.predictions == query.labels).mean(-1)
-    assert known[2].split()[2:] == [f"{share:.1f}" for share in right]
+    assert known[3].split()[2:] == [f"{share:.1f}" for share in right]
     unknown = predictions.step_table(made, None)
-    assert "accuracy" not in unknown and unknown.splitlines()[2].endswith(" 100.0")
+    assert "\naccuracy" not in unknown and unknown.splitlines()[3].endswith(" 100.0")
     labels = np.zeros(50, np.int32)
     assert predictions.accuracy((np.arange(50) >= 41).astype(np.int32), labels) == (
         "accuracy 82.0 %: 41 of 50 (95 % interval 69.2 to 90.2)"
     )
 
 
-def test_nothing_of_another_is_overwritten(tmp_path):
+def test_nothing_of_another_is_overwritten(tmp_path, monkeypatch):
     mine, theirs = written(tmp_path / "mine", {}), written(tmp_path / "theirs", {"steps.png": 1})
     support, query = tmp_path / "support", tmp_path / "query"
     assert predictions.out_folder(str(mine), support, query) == mine
     (mine / "predictions.csv").write_text("image,prediction,confidence,truth\n")
     (mine / "steps.png").write_bytes(b"")
     assert predictions.out_folder(str(mine), support, query) == mine  # of the same command, before
+    monkeypatch.chdir(tmp_path)
+    for name in ("adapted-query", "adapted-query-2", "adapted-query-3"):
+        assert predictions.out_folder(None, support, query) == pathlib.Path(name)
+        pathlib.Path(name).mkdir()
     with pytest.raises(UserError, match=r"got steps\.png, not of this command, which would be overwritten"):
         predictions.out_folder(str(theirs), support, query)
     with pytest.raises(UserError, match="in that of --query, whose pictures would be read as photographs"):

@@ -3,6 +3,7 @@
 import csv
 import json
 import pathlib
+import types
 
 import numpy as np
 import pytest
@@ -100,6 +101,8 @@ def test_learners_that_do_not_fit_are_found_before_any_is_trained(learners, sour
         raise AssertionError("trained")
 
     monkeypatch.setattr(compare.launch, "result", never)
+    # In a process that has computed already, threads can no longer be set.
+    monkeypatch.setattr(compare.devices, "use", lambda settings: types.SimpleNamespace(description="CPU"))
     found = [parse([f"--learner={name}", f"--datasource={source}"]) for name in learners.split(",")]
     jobs = [arguments.jobs.Job((), settings) for settings in found]
     with pytest.raises(UserError, match=message):

@@ -10,7 +10,7 @@ import pytest
 from maml import tables
 from maml.commands import reproduce
 from maml.errors import UserError
-from maml.reports import results_page
+from maml.reports import published, results_page
 from maml.reports.published import CELLS, MAML_CELLS, Figure
 from maml.settings import jobs
 from maml.settings.settings import parse
@@ -148,7 +148,7 @@ def test_what_can_be_run_is_run_and_the_rest_named(reproduced):
     assert re.search(r"Not run: .*miniimagenet_5way_1shot,", page)
     names = [row[0] for row in rows(page)[1:]]
     assert names == [
-        "---", "sinusoid_5shot (appendix)", "", "", "sinusoid_5shot_pretrained (appendix)", "", "",
+        "---", "sinusoid 5-shot (appendix)", "", "", "sinusoid 5-shot, pretrained (appendix)", "", "",
     ]  # fmt: skip
 
 
@@ -159,7 +159,8 @@ def test_the_page_shows_what_the_runs_wrote(reproduced):
         "sinusoid_5shot": "cls_5.mbs_25.ubs_5.numstep1.updatelr0.001nonorm",
         "sinusoid_5shot_pretrained": "cls_5.mbs_25.ubs_5.numstep1.updatelr0.01nonorm.pretrain140",
     }
-    page = rows((results / "RESULTS.md").read_text())[2:]
+    notes = (results / "RESULTS.md").read_text()
+    page = rows(notes)[2:]
     for i, (cell, folder) in enumerate(runs.items()):
         (entry,) = json.loads((logdir / folder / "results.json").read_text())
         loss = entry["results"]["query"]["loss"]
@@ -169,7 +170,10 @@ def test_the_page_shows_what_the_runs_wrote(reproduced):
             assert row[4] == f"{loss['mean'][steps]:.3f} ± {loss['ci95'][steps]:.3f}"
             assert row[5] == ""  # not compared: 140 of 70,000 iterations
         assert page[3 * i][6] == "140 of 70,000"
-        assert page[3 * i][8].startswith(f"`maml --flagfile=flags/{cell}.flags")
+        assert len(page[3 * i]) == 7
+        title = published.title(cell)
+        note = rf"^- {title}: .*, seed 0; `maml --flagfile=flags/{cell}\.flags"
+        assert re.search(note, notes, re.MULTILINE)
     table = list(csv.DictReader((results / "results.csv").read_text().splitlines()))
     wanted = [r for r in table if (r["cell"], r["set"], r["steps"]) == ("sinusoid_5shot", "query", "10")]
     (entry,) = json.loads((logdir / runs["sinusoid_5shot"] / "results.json").read_text())
@@ -195,6 +199,34 @@ def test_a_smaller_scale_shows_the_longer_run_where_it_has_no_checkpoint(reprodu
     assert rows((logdir / "results" / "RESULTS.md").read_text())[2][6] in ("140 of 70,000", "280 of 70,000")
 
 
+def test_the_list_says_beforehand_what_takes_how_long_and_what_is_done(reproduced):
+    logdir, _ = reproduced
+    done = run(logdir, "sinusoid_5shot_pretrained", "omniglot_20way_1shot", "--scale=0.002", "--list",
+               "--num_test_tasks=10")  # fmt: skip
+    head, trained, omniglot, *_ = [line.split() for line in done.stdout.splitlines()]
+    assert head == ["cell", "data", "paper", "hours", "done"]
+    assert trained == [
+        "sinusoid_5shot_pretrained",
+        "sinusoid",
+        "2.41,",
+        "2.23,",
+        "2.19",
+        "0",
+        "280",
+        "of",
+        "280",
+        "tested",
+    ]
+    assert omniglot == ["omniglot_20way_1shot", "omniglot", "95.8", "±", "0.3", "0.022", "0", "of", "120"]
+    assert all(cell.hours > 0 for cell in CELLS.values())
+
+
+def test_cells_have_names_that_can_be_read():
+    assert published.title("omniglot_5way_1shot_noconv") == "Omniglot 5-way 1-shot, fully connected"
+    assert published.title("miniimagenet_5way_5shot_first_order") == "mini-ImageNet 5-way 5-shot, first order"
+    assert published.title("sinusoid_10shot") == "sinusoid 10-shot"
+
+
 def test_bad_requests_are_refused(tmp_path):
     assert "expected cells (sinusoid_5shot," in run(tmp_path, "sinusoid", expect=2).stderr
     assert (
@@ -203,10 +235,11 @@ def test_bad_requests_are_refused(tmp_path):
     )
 
 
-def test_cells_are_listed_with_the_papers_figures(tmp_path):
-    lines = " ".join(run(tmp_path, "--list", "meta_sgd", "omniglot_5way_5shot").stdout.split())
-    assert "omniglot_5way_1shot_meta_sgd" in lines and "paper: 99.53 ± 0.26" in lines
-    assert lines.count("[omniglot]") == 5 and lines.count("[miniimagenet]") == 4
+def test_a_learners_name_stands_for_its_cells(tmp_path):
+    lines = run(tmp_path, "--list", "meta_sgd", "omniglot_5way_5shot").stdout.splitlines()[1:-2]
+    rows = [line.split() for line in lines]
+    assert [row[0] for row in rows] == [*reproduce.cells_of("meta_sgd"), "omniglot_5way_5shot"]
+    assert rows[0][:5] == ["omniglot_5way_1shot_meta_sgd", "omniglot", "99.53", "±", "0.26"]
     assert reproduce.named([]) == list(MAML_CELLS)
     assert not (tmp_path / "results").exists()
 

@@ -278,7 +278,7 @@ def test_lists_split_a_folder_of_classes(tmp_path):
     for path in (tmp_path / "lists.json", tmp_path / "lists"):
         flags = ["--datasource=folder", f"--data_dir={tmp_path / 'photos'}", f"--class_split={path}"]
         settings = parse([*flags, "--img_size=16"])
-        assert settings.run_name.endswith(".folder-photos.split-lists.img16")
+        assert settings.folder_name.endswith(".folder-photos.split-lists.img16")
         found = load_data(settings).splits
         assert {split: list(classes.names) for split, classes in found.items()} == lists
     for content, message in (("[", "got an error"), ('{"train": "c1"}', "got something else")):

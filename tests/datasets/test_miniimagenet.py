@@ -11,10 +11,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from maml.datasets import miniimagenet
+from maml.datasets import miniimagenet, omniglot
+from maml.datasets.image_classes import ClassImages, ImageClasses
 from maml.datasets.images import cache as image_cache
 from maml.datasets.images import pickles
+from maml.episodes import EpisodeSpec
 from maml.errors import UserError
+
+import tensorflow as tf  # isort: skip
 
 TABLE = {
     "train": {"n00000001": (1, 2, 4), "n00000002": (2, 3, 5)},
@@ -349,3 +353,39 @@ def test_nothing_in_an_archive_leads_out_of_it(images, tmp_path):
     for wnid in ("n00000001", "n00000002"):
         with pytest.raises(UserError, match=f"class {wnid} is missing"):
             dict(miniimagenet.find([tmp_path / "set"], {"val": {wnid: (1,)}}).splits)
+
+
+# --- Where it is looked for -----------------------------------------------------------------------------
+
+
+def test_a_folder_one_level_too_deep_or_too_high_is_told_from_the_one_meant(tmp_path):
+    for split in ("train", "val", "test"):
+        (tmp_path / "data" / "miniimagenet" / split).mkdir(parents=True)
+    for given in (tmp_path / "data" / "miniimagenet", tmp_path):
+        with pytest.raises(UserError, match=rf"not found in .* give --data_dir={tmp_path}/data\."):
+            miniimagenet.load_miniimagenet(given)
+    (tmp_path / "omniglots" / "omniglot").mkdir(parents=True)
+    (tmp_path / "omniglots" / "omniglot" / "images_background.zip").touch()
+    for given in (tmp_path / "omniglots" / "omniglot", tmp_path):
+        with pytest.raises(UserError, match=rf"^Omniglot: .* give --data_dir={tmp_path}/omniglots\.$"):
+            omniglot.load_omniglot(given, 0)
+
+
+def test_missing_lists_are_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(miniimagenet, "__file__", str(tmp_path / "maml" / "datasets" / "miniimagenet.py"))
+    with pytest.raises(UserError, match=r"expected the lists .* got no train\.csv\.gz, val"):
+        miniimagenet.read_table()
+
+
+def test_every_class_has_a_name_for_pictures():
+    names = miniimagenet.read_names()
+    assert set(names) == {wnid for classes in miniimagenet.read_table().values() for wnid in classes}
+    assert len(set(names.values())) == 100 and all(
+        name.isascii() and len(name) < 24 for name in names.values()
+    )
+    images = np.zeros((2, 4, 4, 3), np.uint8)
+    classes = ClassImages(images, ("n01532829", "other"), np.array([0, 1]), np.array([1, 1]))
+    source = ImageClasses("some", {"test": classes})
+    source.titles = names
+    drawn = source.class_names(EpisodeSpec(2, 1, 0, 0), "test", tf.zeros(1, tf.int64))
+    assert sorted(drawn[0]) == ["house finch", "other"]

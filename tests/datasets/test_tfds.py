@@ -59,7 +59,7 @@ def test_any_set_of_tensorflow_datasets_is_read_by_its_labels(config, tmp_path):
     (tmp_path / "shapes" / config / "9.0.0" / "dataset_info.json").write_text("{")
     name = f"tfds:shapes/{config}" if config else "tfds:shapes"
     settings = parse([f"--datasource={name}", f"--data_dir={tmp_path}", "--img_size=16"])
-    assert settings.input_shape == (16, 16, 3) and ".tfds-shapes" in settings.run_name
+    assert settings.input_shape == (16, 16, 3) and ".tfds-shapes" in settings.folder_name
     found = load_data(settings).splits
     assert [len(found[split].names) for split in SPLITS] == [4, 1, 1]
     for part in found.values():

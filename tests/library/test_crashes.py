@@ -8,6 +8,7 @@ import sys
 import numpy as np
 import pytest
 
+import maml
 from maml import Learner, UserError, conv4, mlp
 from maml.networks.stateless import Stateless
 from tests.library import models
@@ -30,30 +31,56 @@ def residual(norm) -> keras.Model:
     return keras.Model(x, L.Dense(models.WAY)(L.GlobalAveragePooling2D()(y)))
 
 
-def images() -> list:
-    return [models.episode((8, 8, 3), seed=seed) for seed in (0, 10)]
+def images(size: int = 8) -> list:
+    return [models.episode((size, size, 3), seed=seed) for seed in (0, 10)]
 
 
 def test_functional_models_with_batch_normalization_are_swapped():
-    learner = Learner(residual(L.BatchNormalization), LOGITS, inner_lr=0.1, swap_norms=True)
+    """Scale and epsilon are the layer's own: the swapped model computes what Keras' training mode does."""
+    model = models.with_weights(residual(lambda: L.BatchNormalization(epsilon=0.3, momentum=0.5)))
+    learner = Learner(model, LOGITS, inner_lr=0.1, swap_norms=True)
+    x, y, query_x, _ = images()[0]
+    check_by_batch(learner, model, x)
+    weights = [variable.numpy() for variable in model.variables]
     history = learner.fit(images(), iterations=1, meta_batch=2)
     assert np.isfinite(history["query_loss"]).all()
-    adapted = learner.adapt(*images()[0][:2])
-    assert sum(type(layer).__name__ == "BatchNorm" for layer in adapted.layers) == 2
+    for value, variable in zip(weights, model.variables, strict=True):
+        np.testing.assert_array_equal(value, variable)  # the copy learned
+    adapted = learner.adapt(x, y)
+    assert sum(type(layer).__name__ == "MovingBatchNorm" for layer in adapted.layers) == 2
+    np.testing.assert_allclose(maml.plain(adapted)(query_x), adapted(query_x), rtol=1e-4, atol=1e-5)
+
+
+def check_by_batch(learner: Learner, model: keras.Model, x: np.ndarray) -> None:
+    algorithm = learner.algorithm
+    found = algorithm.outputs(algorithm.weights(), tf.constant(x, tf.float32)).numpy()
+    before = [variable.numpy() for variable in model.variables]
+    needed = model(x, training=True).numpy()
+    for variable, value in zip(model.variables, before, strict=True):
+        variable.assign(value)
+    np.testing.assert_allclose(found, needed, rtol=1e-2, atol=1e-2 * np.abs(needed).max())
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("name", ["MobileNetV2", "EfficientNetB0", "ResNet50", "DenseNet121"])
 def test_keras_applications_are_swapped(name):
-    """γ of 1 is left out: with fresh weights the swapped model computes what training mode does."""
     model = getattr(keras.applications, name)(
         weights=None, classes=3, input_shape=(32, 32, 3), classifier_activation=None
     )
-    learner = Learner(model, LOGITS, inner_lr=0.1, swap_norms=True)
-    x = np.random.default_rng(0).uniform(0, 255, (4, 32, 32, 3)).astype("float32")
-    assert learner.model(x, training=False).shape == (4, 3)
-    kept = {v.shape for v in learner.model.trainable_variables}
-    assert kept <= {v.shape for v in model.trainable_variables}
+    for layer in model._flatten_layers():
+        if isinstance(layer, L.Dropout):
+            layer.rate = 0.0
+    learner = Learner(model, LOGITS, inner_lr=1e-4, swap_norms=True)
+    x, y, query_x, _ = images(32)[0]
+    check_by_batch(learner, model, x)
+    history = learner.fit(images(32), iterations=1, meta_batch=1)
+    assert np.isfinite(history["query_loss"]).all()
+    adapted = learner.adapt(x, y)
+    needed = adapted(query_x).numpy()
+    assert np.isfinite(needed).all()
+    np.testing.assert_allclose(
+        maml.plain(adapted)(query_x), needed, rtol=1e-2, atol=1e-2 * np.abs(needed).max()
+    )
 
 
 def test_masked_batch_normalization_is_not_swapped():

@@ -1,4 +1,4 @@
-"""Adapted models that need no maml: plain Keras layers, SavedModel, TFLite."""
+"""Adapted models that need no maml: plain Keras layers, SavedModel, TFLite, ONNX."""
 
 import os
 import subprocess
@@ -64,6 +64,19 @@ def test_saved_model_and_tflite_predict_the_same(tmp_path):
     interpreter.invoke()
     found = interpreter.get_tensor(interpreter.get_output_details()[0]["index"])
     np.testing.assert_allclose(found, needed, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("options", [{}, {"norm": "layer_norm", "max_pool": True, "flatten": True}])
+@pytest.mark.parametrize("form", [plain, lambda model: model])
+def test_onnx_predicts_the_same(options, form, tmp_path):
+    pytest.importorskip("tf2onnx", reason="needs pip install maml-keras[onnx]")
+    runtime = pytest.importorskip("onnxruntime", reason="needs pip install maml-keras[onnx]")
+    model, x = adapted(**options)
+    form(model).export(tmp_path / "model.onnx", format="onnx", verbose=False)
+    session = runtime.InferenceSession(tmp_path / "model.onnx")
+    for rows in (x, x[:1]):
+        (found,) = session.run(None, {session.get_inputs()[0].name: rows})
+        np.testing.assert_allclose(found, model(rows), rtol=1e-5, atol=1e-5)
 
 
 def test_what_has_no_plain_form_is_refused():

@@ -41,7 +41,7 @@ def test_the_flag_builds_the_published_widths(network):
     assert [shape[1:] for shape in maps[2::3]] == [
         (side, side, width) for side, width in zip((42, 21, 10, 5), widths, strict=True)
     ]
-    assert settings.run_name.endswith(f"batchnorm.{network}")
+    assert settings.folder_name.endswith(f"batchnorm.{network}")
 
 
 def test_without_outputs_it_is_the_backbone():

@@ -129,7 +129,7 @@ def _parse(arguments: list[str], _: pathlib.Path) -> None:
         again = parse(as_flagfile(settings).splitlines())
         again = dataclasses.replace(again, checkpoint=settings.checkpoint)
         assert again == settings, (settings, again)
-    assert settings.run_dir.name == settings.run_name
+    assert settings.run_dir.name == settings.folder_name
 
 
 # --- Images -------------------------------------------------------------------------------------------

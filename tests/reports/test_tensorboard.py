@@ -160,7 +160,7 @@ def test_pictures_come_at_some_validations_and_at_the_last(trained):
 def test_killed_and_gone_on_with_it_shows_the_same(trained, tmp_path):
     """Killed after the points and pictures of validation 5 were written, and before its row was."""
     settings, _, _, run = trained
-    copy = tmp_path / settings.run_name
+    copy = tmp_path / settings.folder_name
     shutil.copytree(run.dir, copy)
     (copy / "checkpoints" / "model-6.index").unlink()
     lines = (copy / "validation.csv").read_text().splitlines()

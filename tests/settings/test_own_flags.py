@@ -128,7 +128,7 @@ def test_the_flagfile_of_a_run_repeats_it(arguments, tmp_path):
 
 
 def test_the_run_folder_is_named_by_what_differs_from_the_original():
-    plain = parse([]).run_name
+    plain = parse([]).folder_name
     for arguments, ending in {
         (): "",
         ("--meta_optimizer=adam", "--network=mlp", "--learner=maml"): "",
@@ -140,11 +140,11 @@ def test_the_run_folder_is_named_by_what_differs_from_the_original():
         ("--meta_optimizer=keras.optimizers:AdamW", "--seed=2"): ".keras-optimizers-AdamW.seed2",
     }.items():
         steps = "--inner_iters=5" if "--learner=reptile" in arguments else "--num_updates=1"
-        found = parse([*arguments, "--update_lr=0.001", steps, "--meta_batch_size=25"]).run_name
+        found = parse([*arguments, "--update_lr=0.001", steps, "--meta_batch_size=25"]).folder_name
         found = found.replace("numstep5", "numstep1")  # of Reptile's
         assert found == (plain + ending).replace("ending", ""), arguments
     images = parse(["--datasource=omniglot", "--network=toy_learner:build"])
-    assert images.run_name.endswith("batchnorm.toy_learner-build")
+    assert images.folder_name.endswith("batchnorm.toy_learner-build")
 
 
 def test_results_carry_the_learner_and_its_flags():

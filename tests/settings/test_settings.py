@@ -157,9 +157,9 @@ def test_the_tested_run_is_the_one_it_was_trained_as():
     assert (found.update_batch_size, found.train_update_batch_size) == (5, 1)
     assert (found.num_query, found.test_num_query) == (1, 5)
     trained = settings("--datasource=omniglot", "--update_batch_size=1")
-    assert found.run_name == trained.run_name
-    assert settings("--train=False", "--update_lr=0.5", "--train_update_lr=0.001").run_name == (
-        settings().run_name
+    assert found.folder_name == trained.folder_name
+    assert settings("--train=False", "--update_lr=0.5", "--train_update_lr=0.001").folder_name == (
+        settings().folder_name
     )
 
 
@@ -206,8 +206,17 @@ RUN_NAMES = {
 @pytest.mark.parametrize("name", RUN_NAMES)
 def test_the_run_folder_is_named_like_the_original(name):
     found = settings(*RUN_NAMES[name], "--logdir=/some/model/runs")
-    assert found.run_name == name
+    assert found.folder_name == name
     assert found.run_dir == pathlib.Path("/some/model/runs") / name
+
+
+def test_a_run_can_have_a_name_of_its_own():
+    found = settings("--datasource=omniglot", "--run_name=first", "--logdir=/runs")
+    assert found.run_dir == pathlib.Path("/runs/first")
+    assert "--run_name=first\n" in as_flagfile(found) and "run_name" not in as_flagfile(settings())
+    for name in ("a/b", "..", "a b"):
+        with pytest.raises(UserError, match="expected a folder name of letters"):
+            settings(f"--run_name={name}")
 
 
 # Arguments that make no sense, and the flags the message must name.

@@ -47,7 +47,7 @@ def test_inner_steps_are_those_of_the_learners_own_flags():
 
 def test_maml_adapts_the_part_that_is_named():
     assert parse([]).own == {"adapt": "all"}
-    assert parse([]).run_name == parse(["--adapt=all"]).run_name
-    assert parse(["--adapt=head"]).run_name.endswith(".adapthead")
+    assert parse([]).folder_name == parse(["--adapt=all"]).folder_name
+    assert parse(["--adapt=head"]).folder_name.endswith(".adapthead")
     assert "adapt=head" in _header(parse(["--adapt=head"]), {}, "here")
     assert "adapt" not in _header(parse([]), {}, "here")

@@ -63,7 +63,7 @@ def test_mixed_precision_computes_in_bfloat16_and_keeps_weights_and_gradient():
     assert types["conv1"] == types["conv4"] == "bfloat16"
     assert types["norm0"] == types["head"] == "float32"
     assert {variable.dtype for variable in network.variables} == {"float32"}
-    assert settings.run_name.endswith(".bfloat16")
+    assert settings.folder_name.endswith(".bfloat16")
     assert build.build_network(settings, (28, 28, 1), "float64").layers[0].compute_dtype == "float64"
 
 

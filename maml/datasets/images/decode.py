@@ -91,6 +91,16 @@ def _say(text: str) -> None:  # names of files are in it, and so whatever their 
     print("".join(c if c.isprintable() else "?" for c in text), file=sys.stderr, flush=True)
 
 
+HEIC = (b"ftypheic", b"ftypheix", b"ftyphevc", b"ftypheim", b"ftypmif1", b"ftypmsf1")
+
+
+def _unknown(raw: bytes) -> str:
+    """The message for a file in none of the formats."""
+    if raw[4:12] in HEIC:
+        return "HEIC, expected JPEG or PNG; convert it, or set the iPhone's camera to Most Compatible"
+    return "not an image"
+
+
 def read_and_decode(
     file: ImageFile, decode: Decode, shape: tuple[int, int, int]
 ) -> tuple[np.ndarray | None, bytes, str]:
@@ -108,5 +118,5 @@ def read_and_decode(
         raise
     except Exception as error:  # decoders answer a broken file with anything from OSError to SyntaxError
         # Pillow names its buffer where it does not know the format, which helps nobody.
-        text = "not an image" if "cannot identify image" in str(error) else str(error)
+        text = _unknown(raw) if "cannot identify image" in str(error) else str(error)
         return None, b"", text[:PROBLEM] or type(error).__name__
