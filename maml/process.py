@@ -120,7 +120,8 @@ class Output:
 def silent_start() -> Iterator[None]:
     """Holds back what TensorFlow's libraries print while they load, unless TF_CPP_MIN_LOG_LEVEL asks for it.
 
-    They write to the file descriptor, before any Python setting can reach them.
+    They write to the file descriptor, before any Python setting can reach them. Where TensorFlow was imported
+    before maml, it does not know that level: its search for a GPU, which it would report later, is made here.
 
     Raises:
         UserError: if Keras is to compute with anything but TensorFlow; before it is imported.
@@ -138,6 +139,8 @@ def silent_start() -> Iterator[None]:
     with tempfile.TemporaryFile() as held:
         os.dup2(held.fileno(), 2)
         try:
+            if hasattr(early := sys.modules.get("tensorflow"), "config"):
+                early.config.list_physical_devices()
             yield
         except Exception:  # not an interruption, which has nothing to do with what is held back
             held.seek(0)

@@ -148,6 +148,18 @@ def test_a_program_that_is_ended_while_it_starts_says_only_that(tmp_path):
     assert done.stderr == "\ninterrupted\n"
 
 
+def test_after_an_import_of_keras_maml_is_quiet_too(tmp_path):
+    code = """
+        import sys
+        import keras
+        sys.stderr.write("imported\\n")
+        from maml import BatchNorm
+        print(BatchNorm()(keras.ops.ones((2, 3)), training=True).shape)
+    """
+    done = in_a_process(textwrap.dedent(code), tmp_path)
+    assert done.stdout == "(2, 3)\n" and done.stderr.partition("imported\n")[2] == ""
+
+
 def test_runs_lie_in_the_current_folder_and_can_be_named_from_any_other(tmp_path):
     flags = ["--metatrain_iterations=100", "--num_test_tasks=2", "--test_num_updates=1", "--nolog"]
     code = f"import sys; from maml.commands import runner; sys.argv[1:] = {flags}; runner.main()"

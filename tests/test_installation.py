@@ -114,8 +114,10 @@ SHORT = (
 )  # fmt: skip
 PHOTOGRAPHS = ("--num_classes=2", "--img_size=16", "--noconv", *SHORT)
 NO_OMNIGLOT, NO_MINI = ((), 2, "Omniglot: "), ((), 2, "mini-ImageNet: not found in ")
+READ = (("--init_from=random", "--metatrain_iterations=0", "--checkpoint=best"), 2, "the best of, got --")
 # {command of the README or of a page: (arguments that make it short, exit code, what it prints)}, in an order
-# in which each finds what it needs. Omniglot and mini-ImageNet are not there; that is found out last.
+# in which each finds what it needs. Omniglot and mini-ImageNet are not there: of each one command comes as
+# far as that, and the flags of the others are read.
 COMMANDS = {
     "maml": (SHORT, 0, "testing iteration 2 on 2 tasks"),
     "maml help": ((), 0, "Commands (maml help COMMAND has their flags)"),
@@ -125,25 +127,31 @@ COMMANDS = {
     "maml reproduce NAME": (("--list",), 2, "expected cells (sinusoid_5shot"),
     "maml reproduce sinusoid_10shot omniglot_5way_1shot": (("--list",), 0, "sinusoid_10shot "),
     "maml --datasource=omniglot": NO_OMNIGLOT,
-    "maml --datasource=omniglot --num_classes=5 --update_batch_size=1": NO_OMNIGLOT,
-    "maml --datasource=miniimagenet --num_classes=5": NO_MINI,
-    "maml --datasource=miniimagenet --num_classes=5 --update_batch_size=1": NO_MINI,
+    "maml --datasource=omniglot --num_classes=5 --update_batch_size=1": READ,
+    "maml --datasource=omniglot --update_batch_size=1 --metatrain_iterations=500 --test_num_updates=3 "
+    "--test_set --mixed_precision": READ,
+    "maml --datasource=miniimagenet --num_classes=5": READ,
+    "maml --datasource=miniimagenet --num_classes=5 --update_batch_size=1": READ,
     "maml prepare miniimagenet": NO_MINI,
     "maml show_episodes --datasource=omniglot --out=episodes.png": NO_OMNIGLOT,
     "maml --datasource=folder --data_dir=DIR --update_batch_size=1": (
         ("--run_name=RUN", "--logdir=.", *PHOTOGRAPHS), 0, "testing iteration 2 on 2 tasks",
     ),
     "maml --flagfile=RUN/flags": ((), 0, "testing iteration 2 on 2 tasks"),
-    "maml protocol RUN --test_set": (("--num_test_tasks=2", "--test_num_query=1"), 0, "transductive"),
+    "maml protocol RUN --test_set": (
+        ("--num_test_tasks=2", "--test_num_query=1", "--test_num_updates=1"),
+        0,
+        "transductive",
+    ),
     "maml adapt --support=DIR --query=DIR --weights=NAME": (
-        ("--support=DIR/test", "--query=DIR/test/a/0.png", "--save=a.keras", "--weights=", "--run=RUN"),
+        ("--support=DIR/test", "--query=DIR/test/e/0.png", "--save=a.keras", "--weights=", "--run=RUN"),
         0,
         "wrote a.keras, ",
     ),
     "maml adapt --support=photos/support --query=photos/query --weights=NAME": (
         ("--support=DIR/test", "--query=DIR", "--weights=sinusoid_10shot"), 2, "expected weights for images",
     ),
-    "maml --learner=reptile --datasource=omniglot --num_classes=5 --update_batch_size=1": NO_OMNIGLOT,
+    "maml --learner=reptile --datasource=omniglot --num_classes=5 --update_batch_size=1": READ,
     "maml --learner=prototypical --help": ((), 0, "--train_num_classes"),
     "maml compare --learners=maml,fomaml,anil,meta_sgd --metatrain_iterations=5000": (
         ("--learners=maml",), 2, "expected --learners of two names or more",
@@ -167,7 +175,8 @@ def shown_commands() -> set[str]:
         ]
         typed = [line.rpartition("&& ")[2] for line in typed]
         spans = [" ".join(span.split()) for span in re.findall(r"(?<!`)`(maml [^`|…]+)`", text)]
-        found |= {shlex.join(shlex.split(c)) for c in typed + spans if re.match(r"maml( |$)", c)}
+        said = [re.sub(r"[][]", "", command) for command in typed + spans]  # brackets: or without
+        found |= {shlex.join(shlex.split(command)) for command in said if re.match(r"maml( |$)", command)}
     return {command for command in found if command.partition("maml ")[2] not in table.COMMANDS}
 
 
@@ -202,13 +211,11 @@ def wheel(tmp_path_factory) -> pathlib.Path:
 
 
 def test_the_commands_of_the_pages_run_from_the_wheel_in_an_empty_folder(wheel, tmp_path, monkeypatch):
-    for split in ("train", "val", "test"):
-        for name in "ab":
-            (tmp_path / "DIR" / split / name).mkdir(parents=True)
-            for i in range(3):
-                Image.new("RGB", (16, 16), (80 * i, 9 * ord(name) % 256, 40)).save(
-                    tmp_path / "DIR" / split / name / f"{i}.png"
-                )
+    for home in ("train/a", "train/b", "val/c", "val/d", "test/e", "test/f"):
+        (tmp_path / "DIR" / home).mkdir(parents=True)
+        for i in range(3):
+            picture = Image.new("RGB", (16, 16), (80 * i, 40 * (ord(home[-1]) % 6), 40))
+            picture.save(tmp_path / "DIR" / home / f"{i}.png")
     monkeypatch.delenv("MAML_DATA_DIR", raising=False)
     monkeypatch.setenv("MAML_CACHE_DIR", str(tmp_path / "cache"))
     for command, (arguments, code, printed) in COMMANDS.items():

@@ -163,7 +163,7 @@ def _weights(settings: Settings, iteration: int, from_run: bool) -> str:
     if from_run:
         return f"{settings.run_dir}, iteration {iteration}"
     if settings.init_from in tables.shipped():
-        return f"{settings.init_from}, {tables.shipped()[settings.init_from].about}"
+        return f"{settings.init_from} ({tables.shipped()[settings.init_from].about})"
     return "untrained weights" if settings.init_from == RANDOM else settings.init_from
 
 

@@ -13,8 +13,12 @@ from maml.reports.published import of_learner
 from maml.reports.sinusoid_fits import Trained, sinusoid_fits
 from maml.runs import build, results
 from maml.runs.data import input_shape, load_data
+<<<<<<< HEAD
 from maml.runs.files import csv_text, write_whole
 from maml.runs.folder import Run
+=======
+from maml.runs.files import csv_text, write_page
+>>>>>>> main
 from maml.runs.load import trained
 from maml.runs.train import measured
 from maml.settings.jobs import Job
@@ -72,8 +76,8 @@ def compare(asked: tuple[list[Job], str, pathlib.Path]) -> None:
     page = _page(name, rows, device)
     print(f"\n{page}")
     folder.mkdir(parents=True, exist_ok=True)
-    write_whole(folder / f"{name}.md", page + "\n")
-    write_whole(folder / f"{name}.csv", csv_text([_csv_row(row, rows[0]) for row in rows]))
+    write_page(folder / f"{name}.md", page + "\n")
+    write_page(folder / f"{name}.csv", csv_text([_csv_row(row, rows[0]) for row in rows]))
     written = [f"{name}.md", f"{name}.csv"]
     if not jobs[0].settings.classification:
         fitted = {row.job.settings.learner: row.fitted for row in rows}

@@ -62,6 +62,7 @@ class Algorithm:
             then those the algorithm adds (`extra_variables`).
         state_variables: values that training changes without a gradient, as moving averages.
         backbone: whether the network ends with an embedding, without a head of N outputs.
+        constrains: whether its inner steps keep weights within their constraints; the outer optimizer does.
         sequential: whether the tasks of a meta-batch are computed one after the other, each with the
             `state_variables` that the one before it left; else each with those of before the meta-batch, and
             means over the tasks are kept.
@@ -73,6 +74,7 @@ class Algorithm:
 
     flags: ClassVar[Sequence] = ()
     backbone: ClassVar[bool] = False
+    constrains: ClassVar[bool] = False
     sequential: ClassVar[bool] = False
     unlabeled: ClassVar[bool] = False
     described: Any = None

@@ -24,7 +24,7 @@ from maml.learners.options import (
 from maml.learners.proof import Proof, check_surroundings
 from maml.learners.watching import Watch
 from maml.learners.workings import Workings
-from maml.networks import copies
+from maml.networks import copies, operations
 from maml.networks.checks import check_built
 from maml.networks.stateless import tensors_of
 from maml.training import given
@@ -207,7 +207,9 @@ class Learner(Workings):
             watch = Watch(self, callbacks, None if validation is None else test, epoch)
         sizes = dict(meta_batch=meta_batch, iterations=iterations)
         blocks = self._blocks(episodes, spec, split, sizes, check, epoch if watch else None)
-        parts = self._trained(blocks, iterations, watch, epoch, None if progress is None else not progress)
+        hidden = None if progress is None else not progress
+        with operations.missing_named(self.model.name):
+            parts = self._trained(blocks, iterations, watch, epoch, hidden)
         if not all(np.isfinite(variable.numpy()).all() for variable in self.algorithm.variables):
             raise Failure(
                 f"iteration {self.iteration}: the weights are not finite any more. Begin anew with a smaller "

@@ -1,5 +1,6 @@
 """Losses and measures: the original's two losses, and any Keras loss or metric as a scalar of one task."""
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 
 import keras
@@ -115,7 +116,7 @@ class _Wrapped(keras.losses.Loss):
     """A function as a Keras loss, which masks and means what it returns; its targets keep their type."""
 
     def __init__(self, function: LossFunction, dtype: str):
-        super().__init__(name=_name(function), dtype=dtype)
+        super().__init__(name=_scope(function), dtype=dtype)
         self._function = function
 
     def __call__(self, targets, outputs, sample_weight=None):
@@ -169,19 +170,26 @@ def _metric(metric: str | Callable | keras.metrics.Metric, dtype: tf.DType) -> t
     if not callable(found) or isinstance(found, type):
         raise UserError(f"metrics: expected Keras metrics, their names, or functions, got {metric!r}.")
     if not isinstance(found, keras.metrics.Metric):
-        found = keras.metrics.MeanMetricWrapper(found, name=_name(found))
-    if not found.variables:
-        raise UserError(
-            f"metrics: {found.name} has no variables before its first use, so that it cannot be used."
-        )
-    variables = [tf.convert_to_tensor(value) for value in found.variables]
+        found = keras.metrics.MeanMetricWrapper(found, name=_scope(found))
 
     def measured(targets: tf.Tensor, outputs: tf.Tensor) -> tf.Tensor:
-        state = [tf.zeros_like(value) for value in variables]
-        state = found.stateless_update_state(state, *same_rank(targets, outputs))
+        targets, outputs = same_rank(targets, outputs)
+        if not found.variables:
+            _build(found, targets, outputs)
+        mask = _mask(outputs)
+        weights = () if mask is None else (tf.cast(mask, outputs.dtype),)
+        state = [tf.zeros(variable.shape, variable.dtype) for variable in found.variables]
+        state = found.stateless_update_state(state, targets, outputs, *weights)
         return tf.cast(found.stateless_result(state), dtype)
 
     return found.name, measured
+
+
+def _build(metric: keras.metrics.Metric, *tensors: tf.Tensor) -> None:
+    """Has a metric make its variables, which some do at their first use; outside of the graph at hand."""
+    with tf.init_scope():
+        metric.update_state(*(tf.ones([size or 1 for size in x.shape], x.dtype) for x in tensors))
+        metric.reset_state()
 
 
 def _mask(outputs: tf.Tensor) -> tf.Tensor | None:
@@ -230,6 +238,11 @@ def _is_ours(loss: object) -> bool:
 
 def _name(loss: keras.losses.Loss | LossFunction) -> str:
     return cross_entropy.__name__ if _is_ours(loss) else getattr(loss, "__name__", type(loss).__name__)
+
+
+def _scope(function: LossFunction) -> str:
+    """Its name as TensorFlow takes one, which "<lambda>" is not."""
+    return re.sub(r"\W", "", _name(function)) or "function"
 
 
 def cross_entropy(shot: int) -> LossFunction:

@@ -127,9 +127,14 @@ class Assembly:
     mapping: dict[str, object]
 
     @property
+    def steps(self) -> bool:
+        """Whether there are inner steps."""
+        return self.kind.step is not Algorithm.step
+
+    @property
     def second_order(self) -> bool:
         """Whether second derivatives are taken: there are inner steps, and not of first order."""
-        return self.kind.step is not Algorithm.step and not self.options.get("first_order", False)
+        return self.steps and not self.options.get("first_order", False)
 
     def algorithm(self, model: keras.Model, **changes) -> Algorithm:
         """The algorithm of a model; `changes` of `common`."""

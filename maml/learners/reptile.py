@@ -91,6 +91,8 @@ class Reptile(Algorithm):
         Flag("foml_tail", 0, "examples per class of the last mini-batch, in no other; 0: like the others"),
     )
 
+    constrains = True
+
     def __init__(
         self,
         network: keras.Model,

@@ -11,7 +11,6 @@ from tqdm import tqdm
 from maml.episodes import Episode, EpisodeSpec, SemiSupervisedEpisode
 from maml.errors import Failure, UserError
 from maml.learners.base import Algorithm, State
-from maml.learners.maml import Maml
 from maml.learners.options import (
     Assembly,
     check_whole,
@@ -50,8 +49,8 @@ class Workings:
 
     def _build(self, optimizer: keras.optimizers.Optimizer) -> None:
         """Algorithm and outer loop of the model as it is, its frozen layers considered."""
-        constraints = issubclass(self._assembly.kind, Maml)
-        check_model(self.model, self._assembly.second_order, constraints)
+        constrains = self._assembly.kind.constrains or not self._assembly.steps
+        check_model(self.model, self._assembly.second_order, constrains)
         self.algorithm = self._assembly.algorithm(self.model)
         optimizer = grown(optimizer, self.algorithm.variables)
         self.outer = OuterLoop(self.algorithm, optimizer, self._assembly.tasks(self.model))

@@ -30,7 +30,7 @@ PROVEN = BATCHED | OURS | {getattr(keras.layers, name) for name in _PROVEN.split
 _FUNCTIONS = ("activation", "recurrent_activation", "activity_regularizer")
 
 
-def check_model(model: keras.Model, second_order: bool, constraints: bool = True) -> None:
+def check_model(model: keras.Model, second_order: bool, constrains: bool = True) -> None:
     """Raises UserError for what would fail or, worse, be silently wrong.
 
     Keras' norms stop a gradient inside the variance, which second derivatives need (see
@@ -40,14 +40,14 @@ def check_model(model: keras.Model, second_order: bool, constraints: bool = True
     Args:
         model: to check.
         second_order: whether the algorithm takes second derivatives.
-        constraints: whether its inner loop applies constraints of weights.
+        constrains: whether its inner steps keep weights within their constraints.
     """
     check_built(model)
     for layer in model._flatten_layers(include_self=False):
         if objection := _objection(layer, second_order):
             raise UserError(f"layer {layer.name!r}, {type(layer).__name__}, {objection}")
     for variable in model.trainable_variables:
-        if not constraints and variable.constraint is not None:
+        if not constrains and variable.constraint is not None:
             raise UserError(
                 f"{variable.path} has a constraint, which the inner loop of this algorithm does not apply. "
                 f"Leave it out, or use algorithm='maml'."

@@ -1,6 +1,8 @@
 """Copies of Keras models, with all their state: the same, with exact norms, or in float64."""
 
 import contextlib
+import inspect
+import tempfile
 from collections.abc import Callable, Iterator
 
 import keras
@@ -31,7 +33,7 @@ def copy_of(model: keras.Model) -> keras.Model:
 
 def _cloned(model: keras.Model) -> keras.Model:
     if is_graph(model):
-        return keras.models.clone_model(model, clone_function=_fresh, recursive=True)
+        return keras.models.clone_model(model, clone_function=fresh, recursive=True)
     return keras.models.clone_model(model)
 
 
@@ -51,9 +53,11 @@ def not_compiled(model: keras.Model) -> Iterator[None]:
 def full_copy(model: keras.Model, x: object) -> keras.Model:
     """A copy with all state of the model, called once on inputs x [n, …]."""
     copy = copy_of(model)
-    # Builds a custom class; and Keras writes ONNX of models alone that were called.
-    copy(tf.nest.map_structure(lambda rows: rows[:1], x))
+    first = tf.nest.map_structure(lambda rows: rows[:1], x)
+    if len(copy.variables) < len(model.variables):  # a custom class, not built yet
+        copy(first)
     transfer(model, copy)
+    copy(first)  # Keras writes ONNX of models alone that were called
     return copy
 
 
@@ -68,10 +72,10 @@ def transfer(model: keras.Model, copy: keras.Model) -> None:
         variable.assign(value)
     layers = zip(model._flatten_layers(), copy._flatten_layers(), strict=True)
     for layer, other in layers:
-        _transfer_own(layer, other)
+        transfer_own(layer, other)
 
 
-def _transfer_own(layer: Layer, other: Layer) -> None:
+def transfer_own(layer: Layer, other: Layer) -> None:
     """State that a layer keeps outside its variables, by Keras' protocol of saving, and maml's flag."""
     if layer is other:
         return
@@ -85,6 +89,10 @@ def _transfer_own(layer: Layer, other: Layer) -> None:
         layer.save_own_variables(store)
         if store:
             other.load_own_variables({key: np.asarray(value) for key, value in store.items()})
+    if hasattr(layer, "save_assets") and hasattr(other, "load_assets"):  # as lookups keep their words
+        with tempfile.TemporaryDirectory() as folder:
+            layer.save_assets(folder)
+            other.load_assets(folder)
 
 
 def check_same(model: keras.Model, copy: keras.Model, x: object, what: str) -> None:
@@ -116,14 +124,21 @@ def is_graph(model: Layer) -> bool:
     return type(model) is keras.Sequential or type(model).__name__ == "Functional"
 
 
-def _fresh(layer: Layer | keras.Operation) -> Layer | keras.Operation:
+def fresh(layer: Layer | keras.Operation) -> Layer | keras.Operation:
     """The same layer with weights of its own; the same operation.
 
     Keras takes the function of a Lambda for a stranger's code, so that it is not read from a config.
     """
     if not isinstance(layer, Layer) or isinstance(layer, keras.layers.Lambda):
         return layer
-    return type(layer).from_config(layer.get_config())
+    return type(layer).from_config(_config(layer))
+
+
+def _config(layer: Layer) -> dict[str, object]:
+    """A layer's config with functions, such as a custom activation, as they are and not by name."""
+    config = layer.get_config()
+    functions = {name: getattr(layer, name, None) for name in config}
+    return config | {name: value for name, value in functions.items() if inspect.isfunction(value)}
 
 
 # --- Exact norms -----------------------------------------------------------------------------------
@@ -135,18 +150,12 @@ def with_exact_norms(model: keras.Model) -> keras.Model:
     Each computes what Keras' does, BatchNormalization what it does in training: by the batch at hand. Its γ
     and β are not adapted. Raises UserError for what maml's has not, or for a model of a class of its own.
     """
-    pairs: list[tuple[Layer, Layer]] = []
 
     def exact(layer: Layer | keras.Operation) -> Layer | keras.Operation:
-        if not isinstance(layer, Layer):
-            return layer
         if _is_swapped(layer):
-            copy = _moving_batch_norm(layer)
-        else:
-            same = type(layer) is keras.layers.LayerNormalization
-            copy = LayerNormalization.from_config(layer.get_config()) if same else _fresh(layer)
-        pairs.append((layer, copy))
-        return copy
+            return _moving_batch_norm(layer)
+        same = type(layer) is keras.layers.LayerNormalization
+        return LayerNormalization.from_config(layer.get_config()) if same else fresh(layer)
 
     def call(layer: Layer, *args, **kwargs):
         if isinstance(layer, MovingBatchNorm) and (kwargs.pop("mask", None) is not None or _masked(args)):
@@ -166,12 +175,7 @@ def with_exact_norms(model: keras.Model) -> keras.Model:
         swapped = keras.models.clone_model(
             model, clone_function=exact, call_function=call if functional else None, recursive=True
         )
-    for layer, copy in pairs:
-        for variable, value in zip(copy.variables, layer.variables, strict=True):
-            variable.assign(value)
-        inside = zip(layer._flatten_layers(), copy._flatten_layers(), strict=True)
-        for one, other in inside:
-            _transfer_own(one, other)
+    transfer(model, swapped)  # maml's norms have Keras' variables
     return swapped
 
 
@@ -234,7 +238,7 @@ def float64_copy(model: keras.Model, x: object) -> keras.Model:
     def wide(layer: Layer | keras.Operation) -> Layer | keras.Operation:
         if isinstance(layer, keras.layers.Lambda):
             return _wide_lambda(layer)
-        return type(layer).from_config(_widened(layer.get_config())) if isinstance(layer, Layer) else layer
+        return type(layer).from_config(_widened(_config(layer))) if isinstance(layer, Layer) else layer
 
     if is_graph(model):
         with not_compiled(model):

@@ -4,7 +4,7 @@ import keras
 import numpy as np
 
 from maml.errors import UserError
-from maml.networks.copies import is_graph, not_compiled
+from maml.networks.copies import fresh, is_graph, not_compiled, transfer_own
 from maml.networks.layers import BatchNorm, LayerNorm, LayerNormalization, LeakyReLU, MaxPool, MovingBatchNorm
 
 Layer = keras.layers.Layer
@@ -41,6 +41,9 @@ def plain(model: keras.Model) -> keras.Model:
         copy = keras.models.clone_model(model, clone_function=own, recursive=True)
     for layer, other in pairs:
         other.set_weights(_plain_weights(layer, other))
+        if type(layer) is type(other):
+            for one, its in zip(layer._flatten_layers(), other._flatten_layers(), strict=True):
+                transfer_own(one, its)
     copy(copy.inputs)  # Keras writes ONNX of models alone that were called
     return copy
 
@@ -62,9 +65,10 @@ def _plain_layer(layer: Layer) -> Layer:
         return keras.layers.MaxPooling2D(2, padding=layer.padding, data_format="channels_last", **common)
     if isinstance(layer, LeakyReLU):
         return keras.layers.LeakyReLU(layer.negative_slope, **common)
-    if type(layer).__module__.split(".")[0] == "maml":
-        raise UserError(f"layer {layer.name!r}, {type(layer).__name__}, has no plain form in Keras.")
-    return type(layer).from_config(layer.get_config())
+    for inner in layer._flatten_layers():
+        if type(inner).__module__.split(".")[0] == "maml":
+            raise UserError(f"layer {inner.name!r}, {type(inner).__name__}, has no plain form in Keras here.")
+    return fresh(layer)
 
 
 def _plain_weights(layer: Layer, other: Layer) -> list[np.ndarray]:

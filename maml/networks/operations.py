@@ -1,10 +1,13 @@
 """TensorFlow's operations in a network: the last one, and those with wrong or missing second derivatives."""
 
+import contextlib
 import re
 from collections.abc import Iterator
 
 import keras
 import tensorflow as tf
+
+from maml.errors import UserError
 
 _PASSED_OVER = ("Identity", "Reshape", "Cast", "Squeeze", "ExpandDims", "Transpose", "StopGradient")
 _LINEAR = ("MatMul", "BatchMatMulV2", "BiasAdd", "AddV2", "Conv2D", "Einsum")
@@ -101,6 +104,19 @@ def missing(error: LookupError) -> str:
         if kind == operation or kind == f"{operation}V3":
             return f"{about}: {remedy}"
     return operation
+
+
+@contextlib.contextmanager
+def missing_named(model: str) -> Iterator[None]:
+    """Raises UserError, with the operation and the remedy, for TensorFlow's LookupError of a derivative."""
+    try:
+        yield
+    except LookupError as error:
+        if "gradient registry" not in str(error):
+            raise
+        raise UserError(
+            f"{model!r} has an operation without the derivatives that training needs: {missing(error)}."
+        ) from error
 
 
 def _operations(graph: tf.Graph) -> Iterator[tf.Operation]:

@@ -13,6 +13,7 @@ from maml.runs import files
 
 CSV, SHEET, STEPS = "predictions.csv", "predictions.png", "steps.png"
 FIRST_COLUMNS = "image,prediction,confidence"  # of the CSV
+FALL = 0.05  # of accuracy, that is said
 LINES, LONGEST = 40, 44  # of the table on the terminal; characters of a name in it
 
 
@@ -82,7 +83,7 @@ def falls(made: Predictions, labels: np.ndarray | None) -> list[str]:
         f"{100 * share[-1]:.1f} % after step {len(share) - 1}. Try a smaller --update_lr, or "
         f"--test_num_updates={max(1, share.argmax())}.\n"
         for name, share in shares.items()
-        if share.max() > share[-1]
+        if share.max() - share[-1] > FALL
     ]
 
 

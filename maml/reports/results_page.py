@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import pathlib
-import re
 import shutil
 from collections.abc import Iterator, Sequence
 
@@ -12,7 +11,7 @@ import numpy as np
 from maml.reports import charts
 from maml.reports.published import CELLS, Cell, Figure, title
 from maml.runs import files, results
-from maml.runs.files import write_whole
+from maml.runs.files import write_page
 from maml.settings.jobs import Job
 
 HEADER = """# Results
@@ -62,7 +61,7 @@ def write(folder: pathlib.Path, outcomes: Sequence[Outcome]) -> None:
     if missing:
         lines.append(f"Not run: {', '.join(missing)}.\n")
     lines += _machines(there)
-    write_whole(folder / "RESULTS.md", "\n".join(lines))
+    write_page(folder / "RESULTS.md", "\n".join(lines))
     _write_csv(folder / "results.csv", there)
 
 
@@ -149,7 +148,8 @@ def _iterations(entries: Sequence[tuple[Job, dict]], full: int) -> str:
 def _protocol(entry: dict, seeds: int) -> str:
     asked = entry["protocol"]
     classes = f"meta-{'test' if asked['split'] == 'test' else 'validation'} tasks"
-    queries = "query points" if asked["way"] is None else "queries per class"
+    one = asked["query_per_class"] == 1
+    queries = "query points" if asked["way"] is None else f"{'query' if one else 'queries'} per class"
     parts = [f"{asked['tasks']} {classes}", f"{asked['query_per_class']} {queries}"]
     parts += ["transductive"] if asked["transductive"] else []
     order = "first order" if asked["order"] == 1 else "second order"
@@ -161,10 +161,9 @@ def _protocol(entry: dict, seeds: int) -> str:
 
 def _command(job: Job, entry: dict) -> str:
     """The command of the result: the job's, unless another length of training is shown instead."""
-    command = re.sub(r"--data_dir=\S*/", "--data_dir=DIR/", job.command)  # of this machine
     if entry["trained_iterations"] == job.settings.iterations:
-        return command
-    return f"{command} --metatrain_iterations={entry['trained_iterations']}"
+        return job.command
+    return f"{job.command} --metatrain_iterations={entry['trained_iterations']}"
 
 
 def _machines(outcomes: Sequence[Outcome]) -> list[str]:
@@ -190,7 +189,7 @@ def _write_csv(path: pathlib.Path, outcomes: Sequence[Outcome]) -> None:
                         row |= {"mean": mean, "std": std, "ci95": ci95, "iterations": entry["iterations"]}
                         row |= {"trained_iterations": entry["trained_iterations"]} | entry["protocol"]
                         rows.append(row | {"command": _command(job, entry), "hardware": entry["hardware"]})
-    write_whole(path, files.csv_text(rows))
+    write_page(path, files.csv_text(rows))
 
 
 # --- Figures ------------------------------------------------------------------------------------------

@@ -45,8 +45,8 @@ def write(sweep: Sweep, found: Mapping[int, dict]) -> list[Outcome]:
     if not found:
         return []
     outcomes = [Outcome(sweep.combinations[i], found[i]) for i in sorted(found)]
-    files.write_whole(sweep.file(".md"), _page(sweep, outcomes))
-    files.write_whole(sweep.file(".csv"), _numbers(outcomes))
+    files.write_page(sweep.file(".md"), _page(sweep, outcomes))
+    files.write_page(sweep.file(".csv"), _numbers(outcomes))
     charts.draw(sweep.file(".new.png"), panels(sweep, outcomes))
     os.replace(sweep.file(".new.png"), sweep.file(".png"))
     if sweep.events:

@@ -54,6 +54,11 @@ def write_whole(path: pathlib.Path, text: str) -> None:
     os.replace(temporary, path)
 
 
+def write_page(path: pathlib.Path, text: str) -> None:
+    """Replaces a page or table of results; commands in it lose the folders of this machine."""
+    write_whole(path, re.sub(r"--data_dir=[^\s,]*/", "--data_dir=DIR/", text))
+
+
 def test_settings(run: pathlib.Path, given: list[str]) -> Settings:
     """The settings to test a run folder with, wherever it lies now.
 

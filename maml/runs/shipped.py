@@ -137,8 +137,10 @@ def _about(settings: Settings, iteration: int, entry: dict) -> str:
         figure = f"mean squared error {mean:.3f} ± {ci95:.3f}"
     steps = f" after {settings.tested_steps} steps" if settings.tested_steps else ""
     split = {"val": "meta-validation", "test": "meta-test"}[entry["protocol"]["split"]]
-    learner = f" {settings.learner}" if settings.learner == DEFAULT_LEARNER else ""
+    learner = settings.learner
+    if learner == DEFAULT_LEARNER:
+        learner = f"MAML ({settings.method})"
     return (
-        f"{settings.datasource} {settings.task}, {settings.method}{learner}, iteration {iteration:,}: "
+        f"{settings.datasource} {settings.task}, {learner}, iteration {iteration:,}: "
         f"{figure}{steps} on {entry['protocol']['tasks']} {split} tasks"
     )

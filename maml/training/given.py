@@ -3,12 +3,11 @@
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
-import numpy as np
 import tensorflow as tf
 
 from maml.episodes import SPLITS, Episode, EpisodeSource, EpisodeSpec
 from maml.errors import UserError
-from maml.training.loop import Block, stream
+from maml.training.loop import Block, block_length, stream
 from maml.training.needs import (
     Needs,
     check_finite,
@@ -64,15 +63,6 @@ def as_source(episodes: Episodes, needs: Needs, spec: EpisodeSpec | None, split:
     return episodes
 
 
-BLOCK_BYTES = 64 << 20  # of the episodes of one call: what is stacked, padded and copied several times
-
-
-def block_length(meta_batch: int, episode: Episode, length: int) -> int:
-    """Meta-batches of a block of at most `length`, so that it stays below BLOCK_BYTES."""
-    size = meta_batch * sum(np.asarray(array).nbytes for array in tf.nest.flatten(episode))
-    return max(1, min(length, BLOCK_BYTES // max(size, 1)))
-
-
 def source_blocks(
     source: EpisodeSource,
     look: Look,
@@ -87,9 +77,7 @@ def source_blocks(
 ) -> Iterator[Block]:
     """Blocks of a data source from iteration `begin` on, and which of their meta-batches are the next."""
     source = as_source(source, needs, spec, split)
-    first = tf.nest.map_structure(lambda x: x[0], source.sample(spec, split, tf.zeros(1, tf.int64)))
-    look(first)
-    length = block_length(meta_batch, first, length)
+    look(tf.nest.map_structure(lambda x: x[0], source.sample(spec, split, tf.zeros(1, tf.int64))))
     made = 0
     for block in stream(source, spec, split, meta_batch=meta_batch, length=length, begin=begin):
         last = min(block.last, block.first + iterations - made)

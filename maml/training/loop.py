@@ -1,5 +1,6 @@
 """The training loop, a generator of updates: TensorBoard, the screen and the disk watch it from above."""
 
+import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
@@ -12,6 +13,7 @@ from maml.training.outer_loop import OuterLoop
 
 PRETRAIN, METATRAIN = "pretrain", "metatrain"  # the phases of a run
 BATCHED_BLOCK = 100  # iterations per call where an iteration is too short to be worth one
+BLOCK_BYTES = 64 << 20  # of the episodes of a call, several of which are held: stacked, copied, prefetched
 
 
 class Phase(NamedTuple):
@@ -124,10 +126,25 @@ class Waiting:
             self.seconds += time.monotonic() - asked
 
 
+def block_length(meta_batch: int, episode: Episode, length: int) -> int:
+    """Meta-batches of a block: at most `length`, and no more bytes than BLOCK_BYTES, but at least one."""
+    size = meta_batch * sum(
+        math.prod(array.shape) * tf.as_dtype(array.dtype).size for array in tf.nest.flatten(episode)
+    )
+    return max(1, min(length, BLOCK_BYTES // max(size, 1)))
+
+
 def stream(
     source: EpisodeSource, spec: EpisodeSpec, split: str, *, meta_batch: int, length: int, begin: int = 0
 ) -> Iterator[Block]:
-    """Blocks of a data source without end, from iteration `begin` on; see `stream_blocks`."""
+    """Blocks of a data source without end, from iteration `begin` on; see `stream_blocks`.
+
+    They are of `length` meta-batches or, where these are large, of as many as BLOCK_BYTES hold.
+    """
+    if length > 1:
+        source.check(spec, split)
+        episode = source.sample(spec, split, tf.zeros(1, tf.int64))
+        length = block_length(meta_batch, episode, length)
     first = begin % length
     episodes = stream_blocks(source, spec, split, meta_batch=meta_batch, block=length, start=begin // length)
     for block in episodes:

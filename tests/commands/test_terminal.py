@@ -140,7 +140,7 @@ def test_a_command_is_the_same_however_it_is_called():
     by_name = python("main.py", "reproduce", "--helpshort").stdout
     assert by_name == python("-m", "maml", "help", "reproduce").stdout
     assert by_name.startswith("Runs the paper's experiments: `maml reproduce [CELL …]`")
-    assert FLAG.findall(by_name)[:4] == ["scale", "seeds", "results_dir", "datasource"]
+    assert FLAG.findall(by_name)[:5] == ["list", "scale", "seeds", "results_dir", "datasource"]
     refused = python("-m", "maml", "prepare", "sinusoid", expect=2)
     assert "expected one of omniglot, miniimagenet" in refused.stderr and "got sinusoid" in refused.stderr
 

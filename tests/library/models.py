@@ -62,6 +62,21 @@ class Words(keras.Model):
 
 
 @keras.saving.register_keras_serializable("cases")
+class Reads(keras.Model):
+    """A custom class whose outputs carry the mask of its first layer."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.table, self.head = L.Embedding(7, 3, mask_zero=True), L.Dense(WAY)
+
+    def call(self, x):
+        return self.head(keras.ops.tanh(self.table(x)))
+
+    def compute_mask(self, x, previous_mask=None):
+        return self.table.compute_mask(x)
+
+
+@keras.saving.register_keras_serializable("cases")
 class Clipped(L.Layer):
     """Centers by a statistic that it keeps outside its variables but saves, as Normalization does."""
 
@@ -116,6 +131,11 @@ def masked(layer: L.Layer, outputs: int = WAY, **head) -> keras.Model:
     )
 
 
+def regularized_words() -> keras.Model:
+    table = L.Embedding(7, 3, embeddings_regularizer="l2")
+    return keras.Sequential([keras.Input((5,), dtype="int32"), table, L.Dense(WAY, bias_regularizer="l1")])
+
+
 def masking() -> keras.Model:
     x = keras.Input((5, 2))
     return keras.Model(x, L.Dense(1)(L.SimpleRNN(3, return_sequences=True)(L.Masking(0.0)(x))))
@@ -139,6 +159,41 @@ def frozen() -> keras.Model:
     norm.moving_mean.assign([0.1, 0.2, -0.3, 0.0])
     norm.moving_variance.assign([0.5, 2.0, 1.0, 0.3])
     return model
+
+
+def twice_penalized() -> keras.Model:
+    """A layer that adds to the loss, called twice, and a regularizer on weights of two layers."""
+    x = keras.Input((4,))
+    shared = L.Dense(4, activation="tanh", activity_regularizer="l2", kernel_regularizer="l1")
+    return keras.Model(x, L.Dense(WAY)(shared(shared(x) + x)))
+
+
+def tied() -> keras.Model:
+    """A layer in two models, one of which is called twice."""
+    inner = keras.Sequential([keras.Input((4,)), shared := L.Dense(4, activation="tanh")])
+    x = keras.Input((4,))
+    return keras.Model(x, L.Dense(WAY)(inner(inner(x)) * shared(x)))
+
+
+def discretized() -> keras.Model:
+    """Bins that are learned from data, and kept outside of variables."""
+    bins = L.Discretization(num_bins=5)
+    bins.adapt(np.random.default_rng(5).normal(size=(200, 4)))
+    return keras.Sequential([keras.Input((4,)), bins, L.Embedding(5, 3), L.Flatten(), L.Dense(WAY)])
+
+
+def constrained_everywhere() -> keras.Model:
+    bounds = dict(
+        kernel_constraint=keras.constraints.NonNeg(), bias_constraint=keras.constraints.MaxNorm(0.3)
+    )
+    return keras.Sequential([keras.Input((4,)), L.Dense(5, "tanh", **bounds), L.Dense(WAY, **bounds)])
+
+
+def attentive() -> keras.Model:
+    """Attention that leaves out what is masked."""
+    x = keras.Input((5,), dtype="int32")
+    y = L.Embedding(7, 4, mask_zero=True)(x)
+    return keras.Model(x, L.Dense(WAY)(L.MultiHeadAttention(2, 2)(y, y)))
 
 
 def operations() -> keras.Model:

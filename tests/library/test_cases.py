@@ -4,6 +4,7 @@ Each row is a kind of answer that was once silently wrong, or a structure that K
 after adaptation, the adapted weights and the meta-gradient must be the oracle's.
 """
 
+import pathlib
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import NamedTuple
@@ -71,6 +72,35 @@ CASES: dict[str, Case] = {
         lambda: keras.losses.SparseCategoricalCrossentropy(from_logits=True, ignore_class=255),
         IGNORED,
     ),
+    "mask, loss summed": Case(
+        lambda: models.masked(L.Dense(3, "tanh")),
+        lambda: keras.losses.SparseCategoricalCrossentropy(True, reduction="sum"),
+        SEQUENCES,
+    ),
+    "mask, a layer in every step": Case(
+        lambda: models.masked(L.TimeDistributed(L.Dense(3, activation="tanh"))), LOGITS, SEQUENCES
+    ),
+    "mask, attention": Case(models.attentive, LOGITS, SEQUENCES),
+    "mask, custom class": Case(lambda: models.built(models.Reads(), SEQUENCES[0]), LOGITS, SEQUENCES),
+    "regularized layer called twice": Case(models.twice_penalized, LOGITS, LABELS),
+    "regularized embedding": Case(models.regularized_words, LOGITS, SEQUENCES),
+    "frozen layer with a regularizer": Case(
+        lambda: models.dense(L.Dense(4, kernel_regularizer="l2", trainable=False)), LOGITS, LABELS
+    ),
+    "constraints of all weights, three steps": Case(
+        models.constrained_everywhere, LOGITS, LABELS, {"inner_steps": 3}
+    ),
+    "layer in two models": Case(models.tied, LOGITS, LABELS),
+    "Discretization().adapt": Case(models.discretized, LOGITS, LABELS),
+    "means over all axes": Case(
+        lambda: models.dense(outputs=2), lambda: "log_cosh", models.episode(targets=(2,))
+    ),
+    "cosine similarity": Case(
+        lambda: models.dense(outputs=2), keras.losses.CosineSimilarity, models.episode(targets=(2,))
+    ),
+    "hinge": Case(lambda: models.dense(outputs=1), lambda: "hinge", BINARY),
+    "focal": Case(models.dense, lambda: keras.losses.CategoricalFocalCrossentropy(from_logits=True), ONE_HOT),
+    "Kullback–Leibler": Case(lambda: models.dense(activation="softmax"), lambda: "kl_divergence", ONE_HOT),
     "Normalization().adapt": Case(models.normalized, LOGITS, LABELS),
     "state outside variables": Case(models.kept_outside, LOGITS, LABELS),
     "frozen layers": Case(models.frozen, LOGITS, LABELS),
@@ -160,3 +190,12 @@ def test_the_library_computes_what_keras_does(name, float64):
     ours, theirs = compared(CASES[name])
     for figure, value in theirs.items():
         assert ours[figure] == pytest.approx(value, rel=1e-6, abs=2e-8), figure
+
+
+def test_the_page_of_figures_has_every_case():
+    page = (pathlib.Path(__file__).parent.parent.parent / "docs" / "keras_cases.md").read_text("utf-8")
+    rows = [line.split(" | ") for line in page.splitlines() if line.startswith("| ")][1:]
+    assert [row[0].removeprefix("| ") for row in rows] == list(CASES)
+    for _, *figures in rows:
+        for theirs, ours in (figures[:2], figures[2:]):
+            assert float(ours.removesuffix(" |")) == pytest.approx(float(theirs), rel=1e-6, abs=2e-8)

@@ -49,6 +49,24 @@ def test_a_plain_model_loads_in_a_process_without_maml(norm, tmp_path):
     np.testing.assert_allclose(np.load(tmp_path / "found.npy"), needed, rtol=1e-4, atol=1e-5)
 
 
+def swish(x):
+    return x * keras.ops.sigmoid(x)
+
+
+def test_a_plain_model_keeps_what_is_no_weight():
+    norm = keras.layers.Normalization()
+    norm.adapt(np.random.default_rng(5).normal(2.0, 3.0, size=(50, 4)))
+    layers = [keras.Input((4,)), norm, keras.layers.Dense(5, activation=swish), maml.MovingBatchNorm()]
+    model = keras.Sequential([*layers, keras.layers.Dense(models.WAY)])
+    x, y, query_x, _ = models.episode()
+    model = Learner(model, LOGITS, inner_lr=0.1).adapt(x, y)
+    np.testing.assert_allclose(plain(model)(query_x), model(query_x), rtol=1e-4, atol=1e-5)
+    inner = keras.layers.TimeDistributed(maml.BatchNorm(name="within"))
+    wrapped = keras.Sequential([keras.Input((3, 4)), inner, keras.layers.Dense(2)])
+    with pytest.raises(UserError, match="layer 'within', BatchNorm, has no plain form"):
+        plain(wrapped)
+
+
 def test_saved_model_and_tflite_predict_the_same(tmp_path):
     model, x = adapted()
     needed = model(x).numpy()
@@ -69,8 +87,8 @@ def test_saved_model_and_tflite_predict_the_same(tmp_path):
 @pytest.mark.parametrize("options", [{}, {"norm": "layer_norm", "max_pool": True, "flatten": True}])
 @pytest.mark.parametrize("form", [plain, lambda model: model])
 def test_onnx_predicts_the_same(options, form, tmp_path):
-    pytest.importorskip("tf2onnx", reason="needs pip install maml-keras[onnx]")
-    runtime = pytest.importorskip("onnxruntime", reason="needs pip install maml-keras[onnx]")
+    pytest.importorskip("tf2onnx", reason="needs the packages of pip install -e '.[onnx]'")
+    runtime = pytest.importorskip("onnxruntime", reason="needs the packages of pip install -e '.[onnx]'")
     model, x = adapted(**options)
     form(model).export(tmp_path / "model.onnx", format="onnx", verbose=False)
     session = runtime.InferenceSession(tmp_path / "model.onnx")

@@ -7,10 +7,12 @@ from maml import Learner, UserError
 from maml.learners.base import Algorithm
 from maml.learners.maml import Maml
 from maml.training.adam import Adam
+from tests.library import models
 
 import keras  # isort: skip
 
 L = keras.layers
+LOGITS = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
 
 
 def model() -> keras.Model:
@@ -86,3 +88,114 @@ def test_any_keras_optimizer_with_its_schedule_is_the_outer_loops():
     assert isinstance(Learner(model(), "mse", inner_lr=0.1).outer.optimizer, Adam)
     with pytest.raises(UserError, match="expected a new optimizer"):
         Learner(model(), "mse", inner_lr=0.1, meta_optimizer=learner.outer.optimizer)
+
+
+STEPPED = {
+    "maml": {"inner_lr": 2.0},
+    "fomaml": {"inner_lr": 2.0},
+    "anil": {"inner_lr": 2.0},
+    "boil": {"inner_lr": 2.0},
+    "meta_sgd": {"inner_lr": 2.0},
+    "maml_plus_plus": {"inner_lr": 2.0},
+    "reptile": {"inner_lr": 0.5, "inner_batch": 4, "eval_batch": 4},
+}
+
+
+@pytest.mark.parametrize("name", STEPPED)
+def test_constraints_hold_after_inner_and_outer_steps(name):
+    """Without them the same steps leave the bounds."""
+
+    def broken(bounded: bool) -> list[bool]:
+        keras.utils.set_random_seed(3)
+        made = models.with_weights(models.constrained_everywhere())
+        if not bounded:
+            for variable in made.trainable_variables:
+                variable.constraint = None
+        learner = Learner(
+            made,
+            LOGITS,
+            algorithm=name,
+            meta_optimizer=keras.optimizers.SGD(5.0),
+            vectorize=False,
+            inner_steps=2,
+            **STEPPED[name],
+        )
+        adapted = learner.adapt(*models.episode()[:2])
+        learner.fit([models.episode(seed=seed) for seed in (0, 10)], iterations=1, meta_batch=2)
+        return [
+            any(float(v.numpy().min()) < 0 for v in model.trainable_variables if v.name == "kernel")
+            for model in (adapted, learner.model)
+        ]
+
+    assert broken(True) == [False, False]
+    if name in ("maml", "reptile"):  # the others' steps are as large
+        assert broken(False) == [True, True]
+
+
+def test_constraints_of_an_algorithm_that_knows_none_are_refused_by_name():
+    class Steps(Algorithm):
+        def step(self, state, x, y, noise=None):
+            return state, self.measure(self.outputs(state, x), y)
+
+    with pytest.raises(UserError, match=r"dense.*/kernel has a constraint, which the inner loop"):
+        Learner(models.constrained_everywhere(), LOGITS, algorithm=Steps)
+
+
+def test_metric_learners_keep_constraints_in_the_outer_loop():
+    backbone = models.with_weights(models.constrained_everywhere())
+    learner = Learner(
+        backbone, LOGITS, algorithm="prototypical", meta_optimizer=keras.optimizers.SGD(5.0), vectorize=False
+    )
+    learner.fit([models.episode(seed=seed) for seed in (0, 10)], iterations=2, meta_batch=2)
+    assert all(v.numpy().min() >= 0 for v in backbone.trainable_variables if v.name == "kernel")
+
+
+# --- Metrics ----------------------------------------------------------------------------------------
+
+
+def test_metrics_that_make_variables_at_their_first_use():
+    """F1 of one-hot labels, as Keras itself has it, of tasks one after the other."""
+    keras.utils.set_random_seed(3)
+    made = models.with_weights(models.dense())
+    x, y, query_x, query_y = models.episode()
+    one_hot = [np.eye(models.WAY)[labels] for labels in (y, query_y)]
+    learner = Learner(
+        made,
+        keras.losses.CategoricalCrossentropy(from_logits=True),
+        inner_lr=0.1,
+        metrics=[keras.metrics.F1Score(average="macro"), "mae", keras.metrics.AUC(from_logits=True)],
+    )
+    task = (x, one_hot[0], query_x, one_hot[1])
+    found = learner.evaluate([task, task], tasks=2).query
+    judge = keras.metrics.F1Score(average="macro")
+    judge.update_state(one_hot[1], made(query_x))
+    np.testing.assert_allclose(found["f1_score"][:, 0], float(judge.result()), rtol=1e-5)
+    assert set(found) == {"loss", "f1_score", "mean_absolute_error", "auc"}
+    assert np.isfinite(learner.fit([task], iterations=2)["query_f1_score"]).all()
+
+
+def test_metrics_leave_out_what_is_masked():
+    made = models.with_weights(models.masked(L.Dense(3, "tanh")))
+    x, y, query_x, query_y = models.episode((5,), "per step", words=7)
+    learner = Learner(made, LOGITS, inner_lr=0.1, metrics=["sparse_categorical_crossentropy", hits])
+    found = learner.evaluate([(x, y, query_x, query_y)], tasks=1).query
+    np.testing.assert_allclose(found["hits"], found["accuracy"], rtol=1e-6)
+
+
+def hits(y, outputs):
+    return keras.ops.cast(keras.ops.equal(keras.ops.argmax(outputs, -1), y), "float32")
+
+
+def test_a_model_that_keras_has_compiled_and_trained_is_taken(tmp_path):
+    made = models.dense()
+    made.compile("adam", LOGITS, metrics=["accuracy", "sparse_top_k_categorical_accuracy"])
+    x, y, query_x, query_y = models.episode()
+    made.fit(x, y, verbose=0)
+    learner = Learner(made, LOGITS, inner_lr=0.1)
+    learner.fit([(x, y, query_x, query_y)], iterations=2)
+    adapted = learner.adapt(x, y)
+    assert len(adapted.variables) == len(learner.model.variables) == 4
+    learner.save(tmp_path)
+    for one, other in zip(made.variables, Learner.load(tmp_path).adapt(x, y, steps=0).variables, strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert made.evaluate(x, y, verbose=0, return_dict=True)["accuracy"] >= 0

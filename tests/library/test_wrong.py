@@ -5,6 +5,7 @@ import warnings
 import numpy as np
 import pytest
 
+import maml
 from maml import Learner, UserError
 from tests.library import models
 
@@ -100,6 +101,15 @@ def test_a_custom_loss_is_checked_too():
     learner = Learner(models.dense(outputs=1), loss, inner_lr=0.2, vectorize=False)
     with pytest.raises(UserError, match="the meta-gradient deviates by"):
         learner.fit([models.episode(targets=(1,))] * 4, iterations=1)
+
+
+def test_missing_derivatives_are_named_where_the_gradient_is_not_checked():
+    def dilated(x):
+        return tf.nn.dilation2d(x, tf.zeros((2, 2, 3)), [1] * 4, "SAME", "NHWC", [1] * 4)
+
+    learner = Learner(image_model(dilated), LOGITS, inner_lr=0.1)
+    with pytest.raises(UserError, match=r"has an operation without the derivatives .*dilation: use MaxPool"):
+        learner.fit([IMAGES], iterations=1, meta_batch=1, check=False)
 
 
 def test_a_copy_that_forgets_is_refused():
@@ -249,14 +259,38 @@ def test_a_generator_is_trained_on_to_its_end():
         learner.fit(iter(TASKS[:2]), iterations=1, meta_batch=3)
 
 
+class Frames:
+    """A data source of black squares."""
+
+    def __init__(self, pixels: int):
+        self.pixels = pixels
+
+    def check(self, spec, split):
+        pass
+
+    def sample(self, spec, split, indices):
+        def images(rows: int) -> tf.Tensor:
+            return tf.zeros((len(indices), rows, self.pixels, self.pixels, 3), tf.uint8)
+
+        labels = tf.zeros((len(indices), 50), tf.int32)
+        return maml.Episode(images(50), labels, images(50), labels)
+
+
 def test_a_block_is_bounded_by_bytes():
-    from maml.training.given import BLOCK_BYTES, block_length
+    from maml.training.loop import BLOCK_BYTES, block_length, stream
 
     image = np.zeros((80, 84, 84, 3), np.float32)
     meta_batch = 4 * 2 * image.nbytes
     length = block_length(4, (image, np.zeros(80), image, np.zeros(80)), 100)
     assert 1 <= length <= max(1, BLOCK_BYTES // meta_batch)
     assert block_length(4, (np.zeros((5, 1)),) * 4, 100) == 100
+    lengths = {}
+    for pixels in (4, 84):
+        block = next(stream(Frames(pixels), None, "train", meta_batch=16, length=100, begin=105))
+        lengths[pixels] = block.last
+        assert block.first == 105 % block.last  # the same episodes, however many are a block
+        assert sum(x.numpy().nbytes for x in block.episodes) <= BLOCK_BYTES
+    assert lengths == {4: 100, 84: 1}
 
 
 def test_layers_freeze_and_thaw_between_two_fits():

@@ -101,8 +101,8 @@ def test_weights_that_cannot_be_read_are_refused(name, folder, tmp_path):
     if spoil:
         spoil(folder)
     before = snapshot(tmp_path)
-    one = run(tmp_path / "other", f"--init_from={folder / inside}")
     with pytest.raises(UserError, match=found) as refusal:
+        one = run(tmp_path / "other", f"--init_from={folder / inside}")
         one.begin_from(one._checkpoint.network)
     assert_one_line(str(refusal.value))
     assert snapshot(tmp_path) == before

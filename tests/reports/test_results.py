@@ -3,14 +3,28 @@
 import concurrent.futures
 import csv
 import json
+import pathlib
+import re
 
 import numpy as np
 
-from maml.runs import results
+from maml.runs import files, results
 from maml.settings.settings import parse
 from maml.training import evaluate
 
 TASKS = range(2, 22)
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+def test_no_page_names_a_folder_of_a_machine(tmp_path):
+    files.write_page(tmp_path / "a.md", "`maml --data_dir=/home/me/pets.zip --seed=1`, --data_dir=/x/y.tar,3")
+    assert (
+        tmp_path / "a.md"
+    ).read_text() == "`maml --data_dir=DIR/pets.zip --seed=1`, --data_dir=DIR/y.tar,3"
+    pages = [path for path in (ROOT / "results").rglob("*") if path.suffix in (".md", ".csv")]
+    assert len(pages) > 10
+    for page in pages:
+        assert not re.search(r"(^|[\s=:`,])/(home|root|work|tmp|Users|data)/", page.read_text(), re.M), page
 
 
 def test_tests_that_end_together_keep_all_results(tmp_path):
