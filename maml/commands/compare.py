@@ -13,12 +13,8 @@ from maml.reports.published import of_learner
 from maml.reports.sinusoid_fits import Trained, sinusoid_fits
 from maml.runs import build, results
 from maml.runs.data import input_shape, load_data
-<<<<<<< HEAD
-from maml.runs.files import csv_text, write_whole
-from maml.runs.folder import Run
-=======
 from maml.runs.files import csv_text, write_page
->>>>>>> main
+from maml.runs.folder import Run
 from maml.runs.load import trained
 from maml.runs.train import measured
 from maml.settings.jobs import Job

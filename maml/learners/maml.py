@@ -24,12 +24,8 @@ if TYPE_CHECKING:
 class Maml(Algorithm):
     """MAML of one Keras network; θ is the network's weights, and a task's state its fast weights θ′."""
 
-<<<<<<< HEAD
     flags = (ADAPT,)
-=======
-    flags = (Flag("adapt", "all", ADAPT),)
     constrains = True
->>>>>>> main
 
     def __init__(
         self,

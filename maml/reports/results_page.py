@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import pathlib
+import re
 import shutil
 from collections.abc import Iterator, Sequence
 
