@@ -20,7 +20,7 @@ class Ensemble:
     """
 
     def __init__(self, algorithm: Algorithm, members: Sequence[Sequence[np.ndarray]]):
-        """Takes the values of `variables_of(algorithm)` in each member; evaluating leaves the last in place."""
+        """Takes the values of `variables_of(algorithm)` in each member; `evaluate` leaves the last."""
         self.algorithm = algorithm
         self._members = members
         self._measure = tf.function(self._measured, reduce_retracing=True, autograph=False)
