@@ -1,4 +1,4 @@
-"""Flags of a run that a learner does not read: refused, or read; never silently without effect."""
+"""Flags of a run that a learner does not read: an error, or read; never silently without effect."""
 
 import pytest
 
