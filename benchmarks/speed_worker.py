@@ -20,11 +20,13 @@ import tensorflow as tf
 import maml
 from benchmarks.plain_loop import PlainLoop
 from maml.datasets import sinusoid
-from maml.episodes import Episode
+from maml.datasets.image_classes import ClassImages, ImageClasses
+from maml.datasets.unlabeled import WithUnlabeled
+from maml.episodes import Episode, EpisodeSource
 from maml.runs import build
 from maml.settings.settings import Settings
 from maml.training import devices
-from maml.training.loop import BATCHED_BLOCK
+from maml.training.loop import BATCHED_BLOCK, Waiting, stream
 from maml.training.outer_loop import OuterLoop
 
 IMAGE_META_BATCHES = 4  # kept in memory and gone through again and again
@@ -122,11 +124,13 @@ class Timed(NamedTuple):
         call: runs it, waits for it, and returns the losses of the first iteration it ran.
         iterations: in one call.
         report: what else there is to say of it.
+        read: the input that it waits for; None: it is in memory.
     """
 
     call: Callable[[], dict[str, float]]
     iterations: int
     report: dict
+    read: Waiting | None = None
 
 
 def ours(settings: Settings) -> Timed:
@@ -164,6 +168,36 @@ def loop(settings: Settings) -> Timed:
     return Timed(call, 1, {"threads": "TensorFlow's default"})
 
 
+def learner(settings: Settings) -> Timed:
+    """A learner as `maml.runs.train` drives it, with the input pipeline: drawn from random examples."""
+    devices.use(settings)
+    keras.utils.set_random_seed(settings.seed)
+    network = build.build_network(settings, settings.input_shape)
+    phase = build.build_training(settings, network)[-1]
+    source = _random_source(settings)
+    if "num_unlabeled" in settings.own:
+        source = WithUnlabeled(source, settings.own["num_unlabeled"])
+    spec, length = build.train_spec(settings), phase.block_length
+    read = Waiting(stream(source, spec, "train", meta_batch=settings.meta_batch_size, length=length))
+
+    def call() -> dict[str, float]:
+        block = next(read)
+        measures = phase.outer.block(block.episodes, tf.constant(0), tf.constant(length))
+        return {name: float(values.numpy().flat[0]) for name, values in measures.items()}
+
+    return Timed(call, length, {}, read)
+
+
+def _random_source(settings: Settings) -> EpisodeSource:
+    if not settings.classification:
+        return sinusoid.Sinusoid()
+    values = 2 if settings.datasource == "omniglot" else 256
+    shape = (100, 40, *settings.input_shape)
+    images = np.random.default_rng(settings.seed).integers(0, values, shape, dtype=np.uint8)
+    rotations = settings.datasource == "omniglot"
+    return ImageClasses("random", {"train": ClassImages.in_memory(images)}, rotations=rotations)
+
+
 def matmul(_: Settings) -> Timed:
     """A product of two float32 matrices, on all threads; an "iteration" is a floating-point operation."""
     matrix = tf.random.normal((MATMUL_SIZE, MATMUL_SIZE))
@@ -176,7 +210,7 @@ def matmul(_: Settings) -> Timed:
     return Timed(call, 2 * MATMUL_SIZE**3, {"versions": versions})
 
 
-TIMED = {"ours": ours, "loop": loop, "matmul": matmul}
+TIMED = {"ours": ours, "loop": loop, "matmul": matmul, "learner": learner}
 
 
 def serve(connection: Connection, kind: str, settings: Settings) -> None:
@@ -208,11 +242,15 @@ def serve(connection: Connection, kind: str, settings: Settings) -> None:
             seconds = connection.recv()
         except EOFError:  # the parent was killed
             return
-        begin, done = time.perf_counter(), 0
+        begin, done, waited = time.perf_counter(), 0, timed.read.seconds if timed.read else 0.0
         while not done or time.perf_counter() - begin < seconds:
             timed.call()
             done += timed.iterations
-        connection.send({"rate": done / (time.perf_counter() - begin), "peak_bytes": peak_memory()})
+        spent = time.perf_counter() - begin
+        answer = {"rate": done / spent, "peak_bytes": peak_memory()}
+        if timed.read:
+            answer["waited"] = (timed.read.seconds - waited) / spent
+        connection.send(answer)
 
 
 def _begin(settings: Settings, dtype: str = "float32") -> tuple[keras.Model, Episode]:

@@ -52,7 +52,7 @@ def compare(_: list[str]) -> tuple[list[jobs.Job], str, pathlib.Path]:
             f"--learner={FLAGS.learner}. Names: maml list learners."
         )
     shared = jobs.given_flags(but=("learner",))
-    compared = [jobs.job([*shared, f"--learner={name}"]) for name in learners]
+    compared = [jobs.job([*jobs.read_by(name, shared), f"--learner={name}"]) for name in learners]
     first = compared[0].settings
     for place, other in enumerate(compared):
         differing = [name for name in EPISODES if vars(other.settings)[name] != vars(first)[name]]

@@ -14,6 +14,7 @@ from maml.reports.sinusoid_fits import Trained, sinusoid_fits
 from maml.runs import build, results
 from maml.runs.data import input_shape, load_data
 from maml.runs.files import csv_text, write_page
+from maml.runs.folder import Run
 from maml.runs.load import trained
 from maml.runs.train import measured
 from maml.settings.jobs import Job
@@ -88,7 +89,8 @@ def _check(settings: Settings) -> None:
         data.check(build.test_spec(settings), settings.split)
         data.check(build.train_spec(settings), "train")
         with tf.device("CPU:0"):
-            build.build_training(settings, build.build_network(settings, input_shape(settings)))
+            phases = build.build_training(settings, build.build_network(settings, input_shape(settings)))
+        Run(settings, phases).check()
     except UserError as error:
         raise UserError(f"{settings.learner}: {error}") from error
 

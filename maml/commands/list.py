@@ -53,7 +53,7 @@ def weights() -> Rows:
 
 
 def cells() -> Rows:
-    """The paper's experiments, for `maml reproduce`, and their data sets."""
+    """The papers' experiments, for `maml reproduce`, and their data sets."""
     return {name: _described(flagfiles() / f"{name}.flags") for name in CELLS}
 
 
@@ -82,7 +82,7 @@ TABLES: Mapping[str, tuple[str, Callable[[], Rows]]] = {
         "Trained weights: --init_from=NAME, adapt --weights=NAME, load_pretrained(NAME)",
         weights,
     ),
-    "cells": ("Cells, the paper's experiments: maml reproduce NAME, or --flagfile=flags/NAME.flags", cells),
+    "cells": ("Cells, the papers' experiments: maml reproduce NAME, or --flagfile=flags/NAME.flags", cells),
     "flagfiles": ("Other flagfiles, in any folder; sweeps: maml sweep --flagfile=NAME", others),
 }
 

@@ -137,7 +137,7 @@ def head(settings: Settings) -> str:
             f"{settings.run_dir}: {settings.datasource} {settings.task}"
             + (f", {settings.baseline}" if settings.baseline else "")
             + f", {settings.num_test_tasks} {split} tasks, seed {settings.seed}, {settings.method}, "
-            f"α {settings.update_lr:g}",
+            + ("no α" if settings.inner_lr is None else f"α {settings.inner_lr:g}"),
             f"{measure} ± 95 % CI on the query set",
             _line("checkpoint", queries, "batch norm", columns),
         ]

@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from maml.commands import launch
 from maml.errors import UserError
 from maml.reports import results_page
-from maml.reports.published import CELLS
+from maml.reports.published import CELLS, MAML_CELLS
 from maml.runs import files, results
 from maml.settings import jobs as job_settings
 from maml.settings import parsing
 from maml.settings.jobs import Job
+from maml.settings.own import DEFAULT_LEARNER
 from maml.settings.settings import FLAGS, parse
 
 
@@ -30,6 +31,7 @@ def job(cell: str, scale: float, overrides: Sequence[str] = ()) -> Job:
     Raises:
         UserError: if `maml` would reject them.
     """
+    overrides = job_settings.read_by(CELLS[cell].learner, overrides)
     asked = parse([f"--flagfile={flagfile(cell)}", *overrides])
     arguments = [f"--flagfile={flagfile(cell)}", *overrides]
     if asked.dataset.is_data_dir:
@@ -85,11 +87,12 @@ def reproduce(asked: Sequence[str], *, scale: float, seeds: int, results_dir: pa
 
 
 def progress(cells: Sequence[str], scale: float) -> str:
-    """A table of cells: data, hours that are left or were stated beforehand, iterations done, whether tested.
+    """A table of cells: data, the papers' figures, hours, iterations done, whether tested.
 
+    The hours are those that are left, as stated beforehand.
     The hours of a run that has been trained here are by its own time per iteration.
     """
-    rows = [("cell", "data", "hours", "done", "")]
+    rows = [("cell", "data", "paper", "hours", "done", "")]
     overrides = job_settings.given_flags(but=("seed",))
     for cell in cells:
         settings = job(cell, scale, overrides).settings
@@ -100,12 +103,13 @@ def progress(cells: Sequence[str], scale: float) -> str:
         if each := results.read_cost(settings.run_dir).get("seconds_per_iteration"):
             hours = each * asked * left / 3600
         tested = "tested" if results.find(settings) else ""
-        rows.append((cell, settings.datasource, f"{hours:.2g}", f"{done:,} of {asked:,}", tested))
-    widths = [max(len(row[column]) for row in rows) for column in range(4)]
-    lines = [
-        f"{a:<{widths[0]}}  {b:<{widths[1]}}  {c:>{widths[2]}}  {d:>{widths[3]}}  {e}".rstrip()
-        for a, b, c, d, e in rows
+        paper = ", ".join(map(str, CELLS[cell].paper.values()))
+        rows.append((cell, settings.datasource, paper, f"{hours:.2g}", f"{done:,} of {asked:,}", tested))
+    columns = [
+        [f"{text:{side}{max(map(len, column))}}" for text in column]
+        for side, column in zip("<<<>><", zip(*rows, strict=True), strict=True)
     ]
+    lines = ["  ".join(row).rstrip() for row in zip(*columns, strict=True)]
     note = "hours: about, of what is left, on two otherwise idle cores; of a run trained here, by its pace"
     return "\n".join([*lines, "", note])
 
@@ -119,22 +123,41 @@ def _further(job: Job) -> int | None:
     return trained if trained > settings.iterations else None
 
 
+def named(names: Sequence[str]) -> list[str]:
+    """The cells of these names, of cells or of learners; of none, those of MAML.
+
+    Raises:
+        UserError: for a name that is neither.
+    """
+    found = {name: [name] if name in CELLS else cells_of(name) for name in names or [DEFAULT_LEARNER]}
+    if unknown := [name for name, cells in found.items() if not cells]:
+        raise UserError(
+            f"expected cells ({', '.join(MAML_CELLS)}, …) or learners that have some, got "
+            f"{', '.join(unknown)}. See --list."
+        )
+    return list(dict.fromkeys(cell for cells in found.values() for cell in cells))
+
+
+def cells_of(learner: str) -> list[str]:
+    """The cells of a learner."""
+    return [name for name, cell in CELLS.items() if cell.learner == learner]
+
+
 def reproduce_asked(cells: list[str]) -> None:
-    """Runs the cells that the command line names, or all, as its flags say."""
-    if unknown := [cell for cell in cells if cell not in CELLS]:
-        raise UserError(f"expected cells ({', '.join(CELLS)}), got {', '.join(unknown)}.")
+    """Runs, or lists, the cells that the command line names, as its flags say."""
+    asked = named(cells)
     job_settings.check_no_name()
     if not 0 < FLAGS.scale <= 1:
         raise UserError(f"expected a number above 0 and at most 1, got --scale={FLAGS.scale}.")
     if FLAGS.list:
-        print(progress(cells or list(CELLS), FLAGS.scale))
+        print(progress(asked, FLAGS.scale))
         return
     results_dir = pathlib.Path(FLAGS.results_dir or "results")
     try:
         results_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--results_dir: cannot write to {results_dir} ({error.strerror}).") from error
-    failures = reproduce(cells or list(CELLS), scale=FLAGS.scale, seeds=FLAGS.seeds, results_dir=results_dir)
+    failures = reproduce(asked, scale=FLAGS.scale, seeds=FLAGS.seeds, results_dir=results_dir)
     print(f"\nwrote {results_dir / 'RESULTS.md'}, results.csv and the figures in {results_dir}")
     if failures:
         raise UserError("not all cells could be run:\n  " + "\n  ".join(failures))

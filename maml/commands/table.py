@@ -143,22 +143,26 @@ are those of the run folder, then those of the command line; every figure is the
         operands="run folder",
     ),
     "reproduce": Command(
-        about="runs the paper's experiments; a page of results",
-        usage="""Runs the paper's experiments: `maml reproduce [CELL …]`, all of them or those named.
+        about="runs the papers' experiments; a page of results",
+        usage="""Runs the papers' experiments: `maml reproduce [CELL|LEARNER …]`, MAML's or those named.
 
-A cell is a flagfile in `flags/`. Each is trained if it is missing, resumed if it is unfinished, and tested; a
-page, a table and figures are written to `results/` after each. Flags of a run given here hold for every cell
-(`--num_test_tasks=6000`, `--logdir=…`).
+A cell is a flagfile in `flags/`; a learner's name stands for all of its. Each is trained if it is missing,
+resumed if it is unfinished, and tested; a page, a table and figures are written to `results/` after each.
+Flags of a run given here hold for every cell (`--num_test_tasks=6000`, `--logdir=…`).
 """,
         work="maml.commands.reproduce:reproduce_asked",
         flags=(
-            Flag("list", False, "list the cells: data, hours on two cores, and what is done; run nothing"),
+            Flag(
+                "list",
+                False,
+                "list the cells: data, the papers' figures, hours on two cores, what is done; run nothing",
+            ),
             Flag("scale", 1.0, "runs every cell for this part of its iterations"),
             Flag("seeds", 1, "runs of each cell, with seeds 0, 1, …", lower=1),
             Flag("results_dir", None, "folder for RESULTS.md, results.csv and the figures [results]"),
         ),
         otherwise="the cell's",
-        operands="cells",
+        operands="cells or learners",
         any_number=True,
         interrupted=REPEATABLE,
     ),
@@ -227,9 +231,9 @@ their classes and splits, as `--datasource=embeddings --data_dir=FILE.npz` takes
         usage="""Compares learners: `maml compare --learners=maml,fomaml,reptile --datasource=omniglot`.
 
 Each is trained with the flags given and, for the others, its own paper's values, unless that is done already.
-Then all are tested on the same episodes, as the flags say or else as the first learner's paper does. The
-table has the differences to the first, paired by task, with 95 % intervals; iterations, weights, time per
-iteration, peak memory, and the papers' figures. On the sinusoid a figure shows all of them on the same tasks.
+Then all are tested on the same episodes: those of the flags or else of the first learner's paper. The table
+has the differences to the first, paired by task, with 95 % intervals; iterations, weights, time per
+iteration, peak memory, and the papers' figures. On the sinusoid a figure shows all on the same tasks.
 """,
         check="maml.commands.arguments:compare",
         work="maml.commands.compare:compare",

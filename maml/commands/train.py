@@ -5,6 +5,7 @@ from collections.abc import Mapping
 
 import keras
 
+from maml import tables
 from maml.episodes import EpisodeSource
 from maml.errors import UserError
 from maml.learners.base import Algorithm
@@ -12,8 +13,9 @@ from maml.reports import sinusoid_fits, tensorboard, test_table
 from maml.runs import build, results
 from maml.runs import train as training
 from maml.runs.data import first_episode, load_data
+from maml.runs.ensemble import Ensemble, restored
 from maml.runs.folder import Run
-from maml.settings.own import DEFAULT_LEARNER
+from maml.settings.own import DEFAULT_LEARNER, changed
 from maml.settings.settings import RANDOM, Settings
 from maml.training import devices
 from maml.training.progress import WINDOW
@@ -60,15 +62,19 @@ def _train_and_test(settings: Settings, machine: devices.Machine) -> None:
         training.train(settings, phases, data, folder, watcher)
         folder.end()
     if machine.chief:
-        if not settings.train or settings.checkpoint == "best":
-            folder.restore()
-        _test(settings, phases[-1].outer.algorithm, data, folder, machine.description)
+        learner = phases[-1].outer.algorithm
+        if not settings.train or settings.checkpoint == "best" or settings.test_ensemble > 1:
+            learner = restored(folder, learner, settings)
+        _test(settings, learner, data, folder, machine.description)
 
 
-def _test(settings: Settings, learner: Algorithm, data: EpisodeSource, folder: Run, device: str) -> None:
+def _test(
+    settings: Settings, learner: Algorithm | Ensemble, data: EpisodeSource, folder: Run, device: str
+) -> None:
     iteration = int(folder.iteration)
     steps = f", {settings.tested_steps} steps each" * bool(settings.tested_steps)
-    print(f"testing iteration {iteration} on {settings.num_test_tasks} tasks{steps}", flush=True)
+    others = f" and {settings.test_ensemble - 1} more" * (settings.test_ensemble > 1)
+    print(f"testing iteration {iteration}{others} on {settings.num_test_tasks} tasks{steps}", flush=True)
     result = training.measured(learner, data, settings, progress=True)
     print(f"\n{test_table.table(result, settings, iteration)}\n")
     with folder.writing("write the results"):
@@ -89,25 +95,24 @@ def _header(settings: Settings, from_paper: dict[str, object], devices: str) -> 
     steps = settings.trained_steps if settings.train else settings.tested_steps
     lines = [f"{settings.learner}: {settings.datasource} {settings.task} on {devices}"]
     if steps:
-        inner = f"{steps} step{'s' * (steps > 1)} of α = {settings.update_lr:g} on N·K = {support} support"
-        inner += " examples"
+        rate = "" if settings.inner_lr is None else f" of α = {settings.inner_lr:g}"
+        inner = f"{steps} step{'s' * (steps > 1)}{rate} on N·K = {support} support examples"
         if settings.train and settings.learner == DEFAULT_LEARNER:
             inner += f", {settings.method}"
         lines.append(_line("inner loop", inner))
-    if settings.own:
+    if settings.own and (settings.learner != DEFAULT_LEARNER or changed(settings)):
         lines.append(_line("learner", _values(settings.own)))
     if settings.train:
         joint = f"{settings.pretrain_iterations:,} of joint training, " * bool(settings.pretrain_iterations)
         lines.append(
             _line(
                 "outer loop",
-                f"{joint}{settings.metatrain_iterations:,} iterations of β = {settings.meta_lr:g}"
-                f"{_outer(settings)} on {settings.meta_batch_size} tasks with N·Q = {query} query examples "
-                f"each",
+                f"{joint}{settings.metatrain_iterations:,} iterations{_outer(settings)} on "
+                f"{settings.meta_batch_size} tasks with N·Q = {query} query examples each",
             )
         )
     if from_paper:
-        unread = () if settings.trained_steps else ("update_lr", "num_updates")
+        unread = tables.learner(settings.learner).instead
         shown = {name: value for name, value in from_paper.items() if name not in unread}
         lines.append(_line("defaults", f"{_values(shown)} (paper)"))
     return "\n".join([*lines, _line("run folder", str(settings.run_dir))])
@@ -130,10 +135,12 @@ def _values(values: Mapping[str, object]) -> str:
 
 
 def _outer(settings: Settings) -> str:
-    """Optimizer and schedule, where they are not Adam and constant."""
+    """β, and optimizer and schedule where they are not Adam and constant."""
+    if settings.meta_optimizer is None and "meta_lr" in tables.learner(settings.learner).instead:
+        return ""
     schedule = "" if settings.meta_schedule == "constant" else settings.meta_schedule
     named = " ".join(filter(None, [schedule, settings.meta_optimizer]))
-    return "" if named in ("", "adam") else f" ({named})"
+    return f" of β = {settings.meta_lr:g}" + ("" if named in ("", "adam") else f" ({named})")
 
 
 def _line(label: str, text: str) -> str:

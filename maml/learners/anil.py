@@ -11,11 +11,11 @@ import tensorflow as tf
 
 from maml.episodes import Episode
 from maml.errors import UserError
-from maml.learners.base import Measures, State
+from maml.learners.base import Algorithm, Measures, State
 from maml.learners.losses import LossFunction
-from maml.learners.maml import ADAPT, Maml, joined
+from maml.learners.maml import Maml, joined
 from maml.networks.stateless import Stateless, Weights, gradients, head_of
-from maml.settings.own import Flag
+from maml.settings.own import ADAPT, Flag
 
 
 class _Joint(NamedTuple):
@@ -30,6 +30,17 @@ class _Joint(NamedTuple):
     inputs: tf.Tensor
 
 
+class _Nil(NamedTuple):
+    """The state of a task without an inner loop: θ, and features [n, d] and labels [n] of the support set."""
+
+    theta: Weights
+    features: tf.Tensor
+    labels: tf.Tensor
+
+
+ADAPTED, NIL = "adapted", "nil"
+
+
 class Anil(Maml):
     """ANIL: the inner loop adapts the head alone; the outer loop learns body and head.
 
@@ -37,11 +48,17 @@ class Anil(Maml):
     """
 
     flags = (
-        Flag("adapt", "head", ADAPT),
+        ADAPT._replace(default="head"),
         Flag(
             "joint_norm",
             False,
             "batch norm of support and query set together, as in learn2learn's ANIL",
+        ),
+        Flag(
+            "test_head",
+            ADAPTED,
+            "nil: no inner loop and no head at test, labels weighted by the cosine of features",
+            choices=(ADAPTED, NIL),
         ),
     )
 
@@ -53,6 +70,7 @@ class Anil(Maml):
         inner_lr: float,
         adapt: str = "head",
         joint_norm: bool = False,
+        test_head: str = ADAPTED,
         **options,
     ):
         """Wraps a built network.
@@ -63,25 +81,55 @@ class Anil(Maml):
             joint_norm: support and query set pass through the body together, so that batch norm takes the
                 statistics of both, in training and evaluation. The paper does not say so; learn2learn's
                 program of it does this. It needs the head alone to be adapted.
+            test_head: "nil", no inner loop, in evaluation: the score of a class is the sum over its support
+                examples of the cosine of their features and the query's, and the head is not used. The loss
+                is the cross entropy of these scores.
             options: see `Maml`.
 
         Raises:
-            UserError: for `joint_norm` where more is adapted than the head that gives the outputs.
+            UserError: for `joint_norm` or "nil" where more is adapted than the head that gives the outputs.
         """
         super().__init__(network, loss, inner_lr=inner_lr, adapt=adapt, **options)
         self.joint_norm = joint_norm
+        self.test_head = test_head
         self._parts = _parts(network, self._adapted)
+        if test_head == NIL and (self._parts is None or joint_norm):
+            raise UserError(
+                f"test_head={NIL!r}: expected a network of layers whose last is the head, adapted alone and "
+                f"without joint_norm, got adapt={adapt!r} of {network.name!r}. Set test_head={ADAPTED!r}."
+            )
         if joint_norm and self._parts is None:
             raise UserError(
                 f"joint_norm: expected a network of layers whose last is the head, and no other adapted, got "
                 f"adapt={adapt!r} of {network.name!r}. Set joint_norm=False."
             )
 
+    def begin(self, theta: Weights, x: tf.Tensor, y: tf.Tensor) -> State:
+        """See `Algorithm.begin`."""
+        return _Nil(list(theta), self._embedded(theta, x), y) if self.test_head == NIL else theta
+
     def begin_task(self, theta: Weights, episode: Episode) -> State:
         """See `Algorithm.begin_task`."""
         if not self.joint_norm:
             return super().begin_task(theta, episode)
         return _Joint(theta, tf.concat([episode.support_x, episode.query_x], 0))
+
+    def step(
+        self, state: State, x: tf.Tensor, y: tf.Tensor, noise: int | None = None
+    ) -> tuple[State, Measures]:
+        """See `Maml.step`; nothing is adapted without an inner loop."""
+        return (
+            Algorithm.step(self, state, x, y, noise)
+            if isinstance(state, _Nil)
+            else super().step(state, x, y, noise)
+        )
+
+    def _embedded(self, theta: Weights, x: tf.Tensor, support_x: tf.Tensor | None = None) -> tf.Tensor:
+        """Features [n, d] of length 1, as the head sees them."""
+        body, _ = self._parts
+        return tf.math.l2_normalize(
+            body.outputs(theta[: len(body.network.trainable_variables)], x, support_x), -1
+        )
 
     def fast_weights(self, state: State) -> Weights:
         """See `Maml.fast_weights`."""
@@ -95,6 +143,9 @@ class Anil(Maml):
         self, state: State, x: tf.Tensor, support_x: tf.Tensor | None = None, noise: int | None = None
     ) -> tf.Tensor:
         """See `Algorithm.outputs`; normalized jointly unless `support_x` is given."""
+        if isinstance(state, _Nil):
+            cosines = tf.matmul(self._embedded(state.theta, x, support_x), state.features, transpose_b=True)
+            return cosines @ tf.one_hot(state.labels, self.network.output_shape[-1], dtype=cosines.dtype)
         if isinstance(state, _Joint) and support_x is None:
             support_x = state.inputs
         return super().outputs(state, x, support_x, noise)
@@ -136,7 +187,7 @@ class Anil(Maml):
 class Boil(Maml):
     """BOIL: the inner loop adapts all but the head; the outer loop learns body and head."""
 
-    flags = (Flag("adapt", "body", ADAPT),)
+    flags = (ADAPT._replace(default="body"),)
 
     def __init__(self, network, loss, *, adapt: str = "body", **options):
         """Takes the arguments of `Maml`."""

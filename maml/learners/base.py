@@ -66,6 +66,8 @@ class Algorithm:
         sequential: whether the tasks of a meta-batch are computed one after the other, each with the
             `state_variables` that the one before it left; else each with those of before the meta-batch, and
             means over the tasks are kept.
+        unlabeled: whether it learns from `SemiSupervisedEpisode`s too.
+        described: shape [None, …] of the support set's inputs, where these are not the network's.
         inner_steps: inner steps in training.
         iteration: int64 variable, the outer updates made before the present one; set by the outer loop.
     """
@@ -74,6 +76,8 @@ class Algorithm:
     backbone: ClassVar[bool] = False
     constrains: ClassVar[bool] = False
     sequential: ClassVar[bool] = False
+    unlabeled: ClassVar[bool] = False
+    described: Any = None
     result = TaskGradient
 
     def __init__(
@@ -134,6 +138,11 @@ class Algorithm:
         return None
 
     @classmethod
+    def is_scheduled(cls, settings: "Settings") -> bool:
+        """Whether the step size of `meta_optimizer` goes over the run's iterations."""
+        return False
+
+    @classmethod
     def network_options(cls, settings: "Settings") -> dict[str, object]:
         """Keyword arguments of the network, beside those that the settings come to, as of `conv4`."""
         return {}
@@ -187,6 +196,10 @@ class Algorithm:
         if self.clip is None:
             return gradient
         return [tf.clip_by_value(g, -self.clip, self.clip) for g in gradient]
+
+    def instead_of_not_finite(self, theta: Weights) -> Weights | None:
+        """The meta-gradient where a loss or the meta-gradient is not finite; None: the run's `--on_nan`."""
+        return None
 
     def measure_specs(self) -> dict[str, tf.TensorSpec]:
         """Names, shapes and types of the measures of `task_gradient`.

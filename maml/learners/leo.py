@@ -76,6 +76,12 @@ class Leo(Algorithm):
         Flag("orthogonality_penalty_weight", 0.188103, "λ2, weight of the decoder's correlations", lower=0),
         Flag("gradient_threshold", 0.1, "clip every entry of the meta-gradient; 0: not", lower=0),
         Flag("gradient_norm_threshold", 0.1, "then clip the norm for each variable; 0: not", lower=0),
+        Flag(
+            "nan_penalty",
+            1e-4,
+            "factor of the kernels as gradient where a loss or gradient is not finite; 0: as --on_nan says",
+            lower=0,
+        ),
     )
 
     def __init__(
@@ -95,6 +101,7 @@ class Leo(Algorithm):
         orthogonality_penalty_weight: float = 0.188103,
         gradient_threshold: float = 0.1,
         gradient_norm_threshold: float = 0.1,
+        nan_penalty: float = 1e-4,
         **common,
     ):
         """Wraps the networks of `leo`. The defaults are the authors' for mini-ImageNet, 5-way 1-shot.
@@ -110,6 +117,8 @@ class Leo(Algorithm):
             kl_weight, encoder_penalty_weight, l2_penalty_weight, orthogonality_penalty_weight: β, γ, λ1, λ2.
             gradient_threshold: bound on every entry of the meta-gradient; 0: none.
             gradient_norm_threshold: bound on the norm in each variable, thereafter; 0: none.
+            nan_penalty: where a loss or the meta-gradient is not finite the meta-gradient is this times the
+                kernels, and 0 in the step sizes, as in the authors' program; 0: no such rule.
             common: see `Algorithm`.
 
         Raises:
@@ -128,6 +137,7 @@ class Leo(Algorithm):
         self.dropout_rate, self.kl_weight = dropout_rate, kl_weight
         self.encoder_penalty_weight, self.l2_penalty_weight = encoder_penalty_weight, l2_penalty_weight
         self.orthogonality_penalty_weight = orthogonality_penalty_weight
+        self.nan_penalty = nan_penalty
         self.thresholds = gradient_threshold, gradient_norm_threshold
         dim, latents = network.trainable_variables[0].shape
         dtype = network.trainable_variables[0].dtype
@@ -141,6 +151,14 @@ class Leo(Algorithm):
         """N and its own flags, but that of the network."""
         own = {name: value for name, value in super().arguments(settings).items() if name != "num_latents"}
         return own | {"way": settings.num_classes, "clip": None}
+
+    def instead_of_not_finite(self, theta: Weights) -> Weights | None:
+        """See `nan_penalty`: a pull toward where the loss is finite."""
+        if not self.nan_penalty:
+            return None
+        kernels = len(KERNELS)
+        rates = [tf.zeros_like(rate) for rate in theta[kernels:]]
+        return [self.nan_penalty * kernel for kernel in theta[:kernels]] + rates
 
     @classmethod
     def loss_function(cls, settings: "Settings") -> LossFunction:

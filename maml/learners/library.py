@@ -8,7 +8,7 @@ import numpy as np
 import tensorflow as tf
 
 from maml.episodes import EpisodeSpec
-from maml.errors import Failure
+from maml.errors import Failure, UserError
 from maml.learners import saving
 from maml.learners.base import Algorithm
 from maml.learners.gradient_check import GradientCheck
@@ -132,11 +132,18 @@ class Learner(Workings):
         self.iteration = 0
         self._position = given.Position()
         ignored = ScalarLoss(loss).ignored
-        self._needs = Needs.of(self.model, labels=labels, alike=not is_custom(loss), ignored=ignored)
         self._proof = Proof(self._assembly, self.model)
         if swap_norms and not copies.holds_swapped(model):
             self._proof.original = model
         self._build(chosen_optimizer(meta_optimizer, meta_lr))
+        self._needs = Needs.of(
+            self.model,
+            labels=labels,
+            alike=not is_custom(loss),
+            ignored=ignored,
+            described=self.algorithm.described,
+            unlabeled=kind.unlabeled,
+        )
         inputs = tensors_of(self.model, "input")
         if inputs is not None:
             self._proof.head(inputs)
@@ -308,7 +315,13 @@ class Learner(Workings):
         return adapted
 
     def predict(
-        self, support_x: Arrays, support_y: Arrays, query_x: Arrays, steps: int | None = None
+        self,
+        support_x: Arrays,
+        support_y: Arrays,
+        query_x: Arrays,
+        steps: int | None = None,
+        *,
+        unlabeled_x: Arrays | None = None,
     ) -> np.ndarray:
         """Outputs for query_x [n, …] after adaptation to a support set, of any algorithm.
 
@@ -317,15 +330,20 @@ class Learner(Workings):
         Args:
             support_x, support_y, steps: see `adapt`.
             query_x: inputs [n, …].
+            unlabeled_x: inputs [m, …] without labels, for algorithms that learn from them.
+
+        Raises:
+            UserError: if they do not fit the model, or the algorithm takes no unlabeled inputs.
         """
+        if unlabeled_x is not None and not self.algorithm.unlabeled:
+            raise UserError(
+                f"unlabeled_x: {self._assembly.kind.__name__} learns nothing from it. Leave it out."
+            )
         x, y, steps = self._support(support_x, support_y, steps)
-        # Of the query set inputs alone are known: they are checked as a support set's.
-        rows = len(tf.nest.flatten(query_x)[0])
-        targets = tf.nest.map_structure(lambda y: np.repeat(y[:1], rows, axis=0), y)
-        episode = self._needs.fitting((query_x, targets, query_x, targets))
-        check_finite(episode)
-        query = episode.query_x
-        outputs = self._predict(x, y, tf.nest.map_structure(tf.convert_to_tensor, query), steps)
+        more = [] if unlabeled_x is None else [self._needs.input_of("unlabeled", unlabeled_x)]
+        parts = tf.nest.map_structure(tf.convert_to_tensor, [self._needs.input_of("query", query_x), *more])
+        predict = self._predict_with_unlabeled if more else self._predict
+        outputs = predict(x, y, steps, *parts)
         return tf.nest.map_structure(lambda rows: rows.numpy(), outputs)
 
     # --- Keeping ------------------------------------------------------------------------------------

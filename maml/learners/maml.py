@@ -15,20 +15,16 @@ from maml.episodes import Episode
 from maml.learners.base import Algorithm, Measures, State
 from maml.learners.losses import LossFunction
 from maml.networks.stateless import Weights, adapted_weights, gradients
-from maml.settings.own import Flag
+from maml.settings.own import ADAPT
 
 if TYPE_CHECKING:
     from maml.settings.settings import Settings
-
-ADAPT = (
-    "which weights the inner loop adapts: head, body, all (but norms) or a regular expression of their names"
-)
 
 
 class Maml(Algorithm):
     """MAML of one Keras network; θ is the network's weights, and a task's state its fast weights θ′."""
 
-    flags = (Flag("adapt", "all", ADAPT),)
+    flags = (ADAPT,)
     constrains = True
 
     def __init__(

@@ -20,10 +20,10 @@ from maml.episodes import Episode
 from maml.learners.base import Measures, State, TaskGradient
 from maml.learners.extra import extra_variable
 from maml.learners.losses import LossFunction, mean_cross_entropy, mean_squared_error
-from maml.learners.maml import ADAPT, Maml, joined
+from maml.learners.maml import Maml, joined
 from maml.networks.stateless import Weights, gradients, weight_names
 from maml.networks.step_batch_norm import StepBatchNorm, inner_step
-from maml.settings.own import Flag
+from maml.settings.own import ADAPT, Flag
 from maml.training.adam import TorchAdam
 
 if TYPE_CHECKING:
@@ -39,6 +39,7 @@ class _State(NamedTuple):
     row: tf.Tensor
 
 
+@keras.saving.register_keras_serializable("maml")
 class CosineByEpoch(keras.optimizers.schedules.LearningRateSchedule):
     """CA: from `first` to `last` on half a cosine over `epochs`, constant within an epoch; float64."""
 
@@ -73,7 +74,7 @@ class MamlPlusPlus(Maml):
     """
 
     flags = (
-        Flag("adapt", "all", ADAPT),
+        ADAPT,
         Flag("inner_lr", 0.1, "α, of every step; with --lslr where it starts", lower=0),
         Flag("msl", True, "MSL: the loss is a weighted sum over the inner steps in the first epochs"),
         Flag("msl_epochs", 10, "epochs of MSL", lower=0, paper={"miniimagenet": 15}),

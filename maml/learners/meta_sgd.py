@@ -9,9 +9,9 @@ import tensorflow as tf
 from maml.learners.base import State
 from maml.learners.extra import extra_variable
 from maml.learners.losses import LossFunction
-from maml.learners.maml import ADAPT, Maml
+from maml.learners.maml import Maml
 from maml.networks.stateless import Weights, weight_names
-from maml.settings.own import Flag
+from maml.settings.own import ADAPT, Flag
 
 if TYPE_CHECKING:
     from maml.settings.settings import Settings
@@ -31,7 +31,7 @@ class MetaSgd(Maml):
     """
 
     flags = (
-        Flag("adapt", ".*", ADAPT),
+        ADAPT._replace(default=".*"),
         Flag("alpha_low", 0.005, "α starts uniform between this and --alpha_high"),
         Flag("alpha_high", 0.1, "α starts uniform between --alpha_low and this"),
         Flag(

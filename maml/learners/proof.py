@@ -116,8 +116,8 @@ class Proof:
         """In float64; in float32 where a layer or loss insists on its type."""
         try:
             with copies.in_float64():
-                model = copies.float64_copy(self._model, episode.support_x)
-                copies.check_same(self._model, model, episode.support_x, "a copy in float64")
+                model = copies.float64_copy(self._model, episode.query_x)
+                copies.check_same(self._model, model, episode.query_x, "a copy in float64")
                 wide = dataclasses.replace(self._assembly, loss=_widened(self._assembly.loss))
                 return gradient_check.compare(wide.algorithm(model, inner_steps=1), episode)
         except (LookupError, NotImplementedError):
@@ -126,8 +126,8 @@ class Proof:
             return gradient_check.compare(self._assembly.algorithm(self._model, inner_steps=1), episode)
 
     def _suspects(self, episode: Episode, otherwise: str) -> str:
-        x = tf.nest.map_structure(tf.convert_to_tensor, episode.support_x)
-        x = self._assembly.algorithm(self._model).to_floating(episode._replace(support_x=x)).support_x
+        x = tf.nest.map_structure(tf.convert_to_tensor, episode.query_x)
+        x = self._assembly.algorithm(self._model).to_floating(episode._replace(query_x=x)).query_x
         graph = operations.traced(self._model, x, training=True)
         return "; ".join(operations.suspects(graph, self._model)) or otherwise
 

@@ -4,6 +4,7 @@ import keras
 import tensorflow as tf
 
 from maml.episodes import Episode
+from maml.errors import UserError
 from maml.learners.base import Adaptation, Measures, State
 from maml.learners.losses import LossFunction
 from maml.learners.metric import (
@@ -95,6 +96,7 @@ class Relation(Metric):
             dtype=dtype,
         )
         self.semantic = semantic
+        self.described = None if semantic is None else tuple(semantic.input_shape)
         self.max_norm = max_norm
         self._parts = [Stateless(part) for part in (network, self.module, semantic or network)]
         for part in [self.module] + [semantic] * (semantic is not None):
@@ -119,7 +121,18 @@ class Relation(Metric):
     def outputs(
         self, state: Embedded, x: tf.Tensor, support_x: tf.Tensor | None = None, noise: int | None = None
     ) -> tf.Tensor:
-        """Scores [n, N] for x [n, …]; by batch statistics, those of x or of `support_x`, in both modules."""
+        """Scores [n, N] for x [n, …]; by batch statistics, those of x or of `support_x`, in both modules.
+
+        Raises:
+            UserError: for statistics of a support set of class vectors.
+        """
+        if self.semantic is not None and support_x is not None:
+            if self.test_statistics == BATCH:
+                raise UserError(
+                    "class vectors have no batch statistics: expected test_statistics='moving', got 'batch'. "
+                    "Or evaluate(transductive=True)."
+                )
+            support_x = None
         return self._scored(state, self.embedded(state.theta, x, support_x), support_x)
 
     def begin(self, theta: Weights, x: tf.Tensor, y: tf.Tensor) -> Embedded:
@@ -133,6 +146,12 @@ class Relation(Metric):
             values = [variable.value for variable in self.semantic.non_trainable_variables]
             maps = self.semantic.stateless_call(weights, values, x, training=False)[0]
         return Embedded(theta, self.summarized(maps, y, tf.reduce_max(y) + 1), y)
+
+    def step(
+        self, state: Embedded, x: tf.Tensor, y: tf.Tensor, noise: int | None = None
+    ) -> tuple[Embedded, Measures]:
+        """See `Algorithm.step`. Of class vectors there are no measures."""
+        return super().step(state, x, y, noise) if self.semantic is None else (state, {})
 
     def episode_loss(self, theta: Weights, episode: Episode) -> tuple[tf.Tensor, Measures, Weights]:
         """The squared error of all pairs' scores, and the statistics that each pass moved."""
@@ -165,12 +184,8 @@ class Relation(Metric):
         """See `Metric.look`. In zero-shot learning the support set has no images: its measures are NaN."""
         if self.semantic is None:
             return super().look(theta, episode, transductive)
-        if not transductive and self.test_statistics == BATCH:
-            raise ValueError(
-                "transductive: expected True, class vectors have no batch statistics, got False."
-            )
         state = self.begin(theta, episode.support_x, episode.support_y)
-        outputs = self.outputs(state, episode.query_x)
+        outputs = self.outputs(state, episode.query_x, None if transductive else episode.support_x)
         query = self.measure(outputs, episode.query_y)
         return Adaptation(tf.nest.map_structure(lambda x: x * float("nan"), query), query, outputs)
 

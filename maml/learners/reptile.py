@@ -40,6 +40,7 @@ class _State(NamedTuple):
     number: tf.Tensor
 
 
+@keras.saving.register_keras_serializable("maml")
 class LinearDecay(keras.optimizers.schedules.LearningRateSchedule):
     """From `first` to `last` in float64, which iteration `iterations` would have."""
 
@@ -166,6 +167,12 @@ class Reptile(Algorithm):
         """See `outer_optimizer`."""
         values = cls.own_flags(settings)
         return cls.outer_optimizer(values["meta_step"], values["meta_step_final"], settings.iterations)
+
+    @classmethod
+    def is_scheduled(cls, settings: "Settings") -> bool:
+        """Whether ε changes on the way from the first iteration to the last."""
+        values = cls.own_flags(settings)
+        return values["meta_step"] != values["meta_step_final"]
 
     @staticmethod
     def outer_optimizer(meta_step: float, meta_step_final: float, iterations: int) -> keras.optimizers.SGD:

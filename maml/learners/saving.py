@@ -89,7 +89,9 @@ def loaded(
         optimizer = keras.saving.deserialize_keras_object(described["optimizer"])
         loss = _loss_of(described["loss"], "loss") if loss is None else loss
         metrics = [_loss_of(m, "metrics") for m in described["metrics"]] if metrics is None else metrics
-    options = described["common"] | described["mapping"] | described["options"]
+    with keras.saving.custom_object_scope(custom_objects or {}):
+        own = {name: _option_of(value) for name, value in described["options"].items()}
+    options = described["common"] | described["mapping"] | own
     learner = kind(
         model, loss, algorithm=described["algorithm"], metrics=metrics, meta_optimizer=optimizer, **options
     )
@@ -118,7 +120,7 @@ def _described(assembly: Assembly) -> dict[str, object]:
     kind = assembly.kind
     described = {
         "algorithm": names.get(id(kind), f"{kind.__module__}:{kind.__qualname__}"),
-        "options": assembly.options,
+        "options": {name: _plain_option(value) for name, value in assembly.options.items()},
         "common": assembly.common,
         "mapping": assembly.mapping,
         "loss": _name_of(assembly.loss),
@@ -129,6 +131,15 @@ def _described(assembly: Assembly) -> dict[str, object]:
     except TypeError as error:
         raise UserError(f"save: expected options that JSON can hold, got others ({error}).") from error
     return described
+
+
+def _plain_option(value: object) -> object:
+    """An option in JSON: a model as Keras writes it, whose weights are among the algorithm's own."""
+    return keras.saving.serialize_keras_object(value) if isinstance(value, keras.Model) else value
+
+
+def _option_of(value: object) -> object:
+    return keras.saving.deserialize_keras_object(value) if isinstance(value, dict) else value
 
 
 def _name_of(loss: object) -> object:

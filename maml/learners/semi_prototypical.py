@@ -70,6 +70,7 @@ class SemiPrototypical(Metric):
     starts its second to fourth convolutions from the same draw: not here.
     """
 
+    unlabeled = True
     flags = (
         TRAIN_WAYS,
         TRAIN_SHOTS,

@@ -8,7 +8,7 @@ import numpy as np
 import tensorflow as tf
 from tqdm import tqdm
 
-from maml.episodes import Episode, EpisodeSpec
+from maml.episodes import Episode, EpisodeSpec, SemiSupervisedEpisode
 from maml.errors import Failure, UserError
 from maml.learners.base import Algorithm, State
 from maml.learners.options import (
@@ -55,7 +55,9 @@ class Workings:
         optimizer = grown(optimizer, self.algorithm.variables)
         self.outer = OuterLoop(self.algorithm, optimizer, self._assembly.tasks(self.model))
         self._adapt = tf.function(self._adapted, reduce_retracing=True, autograph=False)
-        self._predict = tf.function(self._predicted, reduce_retracing=True, autograph=False)
+        self._predict, self._predict_with_unlabeled = (
+            tf.function(self._predicted, reduce_retracing=True, autograph=False) for _ in range(2)
+        )
         self._one_task = UnequalTasks(self.outer)
         self._compiled = False
         self._built_of = self._layers()
@@ -189,7 +191,7 @@ class Workings:
 
     def _prove(self, episode: Episode) -> None:
         """Proves what can be known of the model with an episode at hand, once."""
-        x = tf.nest.map_structure(tf.convert_to_tensor, self.algorithm.to_floating(episode).support_x)
+        x = tf.nest.map_structure(tf.convert_to_tensor, self.algorithm.to_floating(episode).query_x)
         self._proof.model_itself(x)
         if self._needs.outputs is None:
             self._needs = self._needs._replace(outputs=self._proof.output_shape(x))
@@ -204,10 +206,11 @@ class Workings:
         steps = self.algorithm.inner_steps if steps is None else steps
         check_whole(0, steps=steps)
         self._refresh()
-        episode = self._needs.fitting((support_x, support_y, support_x, support_y))
-        check_finite(episode)
-        self._prove(episode)
-        x, y, *_ = tf.nest.map_structure(tf.convert_to_tensor, self._needs.fitting(episode))
+        x, y = self._needs.support(support_x, support_y)
+        check_finite((x, y))
+        if self._needs.described is None:
+            self._prove(Episode(x, y, x, y))
+        x, y = tf.nest.map_structure(tf.convert_to_tensor, self._needs.support(x, y))
         return x, y, tf.constant(steps)
 
     def _adapted(self, x: tf.Tensor, y: tf.Tensor, steps: tf.Tensor) -> tuple[Weights, Weights]:
@@ -224,17 +227,25 @@ class Workings:
         weights = weights[: len(variables)]
         return weights, self.algorithm.stateless.state_after(weights, x)
 
-    def _predicted(self, x: tf.Tensor, y: tf.Tensor, query_x: tf.Tensor, steps: tf.Tensor) -> tf.Tensor:
+    def _predicted(
+        self, x: tf.Tensor, y: tf.Tensor, steps: tf.Tensor, query_x: tf.Tensor, *unlabeled_x: tf.Tensor
+    ) -> tf.Tensor:
         """Outputs of the query set, by the support set's statistics."""
-        x, y, query_x, _ = self.algorithm.to_floating(Episode(x, y, query_x, y))
-        return self.algorithm.outputs(self._state_after(x, y, steps), query_x, x)
+        kind = SemiSupervisedEpisode if unlabeled_x else Episode
+        episode = self.algorithm.to_floating(kind(x, y, query_x, y, *unlabeled_x))
+        state = self._state_after(episode.support_x, episode.support_y, steps, *episode[4:])
+        return self.algorithm.outputs(state, episode.query_x, episode.support_x)
 
-    def _state_after(self, x: tf.Tensor, y: tf.Tensor, steps: tf.Tensor) -> State:
+    def _state_after(self, x: tf.Tensor, y: tf.Tensor, steps: tf.Tensor, *unlabeled_x: tf.Tensor) -> State:
         """The task's state after some inner steps."""
-        algorithm = self.algorithm
+        algorithm, theta = self.algorithm, self.algorithm.weights()
+        if unlabeled_x:
+            begun = algorithm.begin_task(theta, SemiSupervisedEpisode(x, y, x, y, *unlabeled_x))
+        else:
+            begun = algorithm.begin(theta, x, y)
         _, state = tf.while_loop(
             lambda step, _: step < steps,
             lambda step, state: (step + 1, algorithm.step(state, x, y)[0]),
-            (0, algorithm.begin(algorithm.weights(), x, y)),
+            (0, begun),
         )
         return state

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import pathlib
+import re
 import shutil
 from collections.abc import Iterator, Sequence
 
@@ -107,7 +108,8 @@ def _shown(figure: Figure | None, percent: bool) -> str:
         return ""
     digits = 2 if percent else 3
     interval = "" if figure.ci95 is None else f" ± {figure.ci95:.{digits}f}"
-    return f"{figure.mean:.{digits}f}{interval}"
+    spread = "" if figure.deviation is None else f" (deviation {figure.deviation:.{digits}f})"
+    return f"{figure.mean:.{digits}f}{interval}{spread}"
 
 
 def _shown_over_seeds(ours: Sequence[Figure], percent: bool) -> str:
@@ -197,7 +199,7 @@ def _write_csv(path: pathlib.Path, outcomes: Sequence[Outcome]) -> None:
 def _figures(folder: pathlib.Path, group: str, members: Sequence[Outcome]) -> list[pathlib.Path]:
     """Draws what there is to be drawn of a group."""
     paths = []
-    stem = group.lower().replace("-", "")
+    stem = re.sub(r"\W+", "_", group.lower().replace("-", ""))
     if group == "Sinusoid":
         for outcome in members:
             fits = outcome.jobs[0].settings.run_dir / "fits.png"

@@ -16,7 +16,7 @@ def table(result: TestResult, settings: "Settings", iteration: int) -> str:
     tasks, queries = settings.num_test_tasks, settings.test_num_query
     each = "query per class" if settings.classification else f"query point{'s' * (queries > 1)}"
     protocol = f"{tasks} {split} tasks, {queries} {each}"
-    protocol += f", α {settings.update_lr:g}" * bool(settings.tested_steps)
+    protocol += "" if settings.inner_lr is None else f", α {settings.inner_lr:g}"
     if settings.norm == "batch_norm" and settings.tested_steps:
         over = "query set (transductive)" if settings.transductive else "support set (not transductive)"
         protocol += f", batch norm over the {over}"
@@ -34,6 +34,6 @@ def table(result: TestResult, settings: "Settings", iteration: int) -> str:
     if result.diverged and settings.tested_steps:
         lines.append(
             f"in {result.diverged} of {tasks} tasks the inner loop did not lower the support loss: "
-            f"fewer steps (--test_num_updates) or a smaller α (--update_lr) may serve them better"
+            f"fewer steps (--test_num_updates) or a smaller step size may serve them better"
         )
     return "\n".join(lines)

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from maml.errors import UserError
 from maml.settings.settings import Settings, parse
 
-TRIED = ("checkpoint", "test_iter", "transductive", "train", "logdir")  # by `maml protocol`, or known
+# Flags that `maml protocol` tries all values of, or knows.
+TRIED = ("checkpoint", "test_iter", "test_ensemble", "transductive", "train", "logdir")
 
 
 def tag(measure: str, part: str, step: int) -> str:

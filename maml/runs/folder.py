@@ -22,6 +22,7 @@ from maml.episodes import Episode
 from maml.errors import Failure, UserError
 from maml.runs import events, original, shipped
 from maml.runs.files import csv_text, saved_iterations, tag, validations, write_whole
+from maml.settings.run_name import OF_TEST
 from maml.settings.settings import Settings, as_flagfile, parse, read_flagfile
 from maml.training.loop import METATRAIN, PRETRAIN, Phase
 
@@ -29,7 +30,7 @@ from maml.training.loop import METATRAIN, PRETRAIN, Phase
 # watched, not what is computed.
 FREE_FLAGS = {
     "metatrain_iterations", "log", "logdir", "run_name", "resume", "train", "test_set", "test_num_query",
-    "test_num_updates", "num_test_tasks", "transductive", "data_dir", "save_interval",
+    "test_num_updates", "num_test_tasks", "test_ensemble", "transductive", "data_dir", "save_interval",
     "tasks_per_chunk", "jit_compile", "deterministic", "keep", "on_nan",
 }  # fmt: skip
 KEYS = {PRETRAIN: "pretrain_optimizer", METATRAIN: "meta_optimizer"}  # in checkpoints: never to change
@@ -55,7 +56,7 @@ class Run:
         self.iteration = tf.Variable(0, dtype=tf.int64, trainable=False)
         # Episodes are a function of (seed, iteration): these two are the whole random state.
         self._seed = tf.Variable(settings.seed, dtype=tf.int64, trainable=False)
-        algorithm = phases[-1].outer.algorithm
+        self._algorithm = algorithm = phases[-1].outer.algorithm
         own = [*algorithm.extra_variables, *algorithm.state_variables]
         self._checkpoint = tf.train.Checkpoint(
             network=algorithm.network,
@@ -102,7 +103,12 @@ class Run:
             self.end()
             raise
 
-    def _go_on(self, there: list[int]) -> None:
+    def check(self) -> None:
+        """Raises UserError if the folder holds a run that cannot be resumed with these settings."""
+        if (there := saved_iterations(self.dir)) and self.settings.resume:
+            self._check_resumable(there)
+
+    def _check_resumable(self, there: list[int]) -> None:
         self._check_settings()
         asked = self.settings.iterations
         if there[-1] > asked and asked not in there:
@@ -111,6 +117,10 @@ class Run:
                 f"checkpoint of that one. Found {', '.join(map(str, there))}: ask for one of them, or for "
                 f"more iterations."
             )
+
+    def _go_on(self, there: list[int]) -> None:
+        self._check_resumable(there)
+        asked = self.settings.iterations
         self._restore_newest([iteration for iteration in there if iteration <= asked])
 
     def end(self) -> None:
@@ -163,15 +173,36 @@ class Run:
                 print(f"warning: {error} Resuming from the one before.", flush=True)
         raise UserError(f"{self.dir}: none of its checkpoints can be read; the oldest: {damaged}")
 
-    def restore(self) -> None:
+    def best(self, count: int) -> list[int]:
+        """The iterations of the `count` best validated checkpoints, the best first.
+
+        Raises:
+            UserError: if there are fewer.
+        """
+        there = [
+            i for i in saved_iterations(self.dir) if not self.settings.train or i <= self.settings.iterations
+        ]
+        found = self._ranked(there)[:count]
+        if len(found) < count:
+            raise UserError(
+                f"--test_ensemble={count}: expected as many validated checkpoints in {self.dir}, got "
+                f"{len(found)}. Lower it, or train with a smaller --save_interval."
+            )
+        return found
+
+    def restore(self, iteration: int | None = None) -> None:
         """Restores the checkpoint to be tested: `test_iter`, or the newest or the best.
 
         After training only those within its iterations count.
 
+        Args:
+            iteration: of the checkpoint to restore; None: as the settings choose.
+
         Raises:
             UserError: if there is none, or not the one asked for.
         """
-        there, asked = saved_iterations(self.dir), self.settings.test_iter
+        there = saved_iterations(self.dir)
+        asked = self.settings.test_iter if iteration is None else iteration
         if not there:
             siblings = sorted(path.parent.name for path in self.dir.parent.glob("*/flags"))
             raise UserError(
@@ -208,11 +239,11 @@ class Run:
             self._manager.save(checkpoint_number=iteration)
 
     def prune(self) -> None:
-        """Deletes the checkpoints beyond `--keep`, but not the best at validation."""
+        """Deletes the checkpoints beyond `--keep`, but not those best at validation that are tested."""
         if self.settings.keep is None or not self.chief:
             return
         there = saved_iterations(self.dir)
-        kept = {*there[-self.settings.keep :], *self._ranked(there)[:1]}
+        kept = {*there[-self.settings.keep :], *self._ranked(there)[: self.settings.test_ensemble]}
         for iteration in sorted(set(there) - kept):
             # The index first: without it there is no checkpoint, whole or half.
             for path in sorted(self.dir.glob(f"checkpoints/model-{iteration}.*"), reverse=True):
@@ -330,11 +361,12 @@ class Run:
                 "Fix it, or choose another --logdir."
             ) from error
         now = read_flagfile(as_flagfile(self.settings))
-        free = set(FREE_FLAGS)
+        free = set(FREE_FLAGS) | {name for name in self.settings.own if name.startswith(OF_TEST)}
         if self.settings.baseline == "oracle":
             free.add("pretrain_iterations")  # its metatrain_iterations, see settings.resolve
-        if self.settings.train and self.settings.meta_schedule != "constant":
-            free -= {"metatrain_iterations", "pretrain_iterations"}  # the schedule goes over them
+        scheduled = self.settings.train and self._has_schedule()
+        if scheduled:
+            free -= {"metatrain_iterations", "pretrain_iterations"}
         if not self.settings.train:
             free |= {"update_batch_size", "update_lr", "pretrain_iterations"}
         differing = [
@@ -342,11 +374,17 @@ class Run:
             for name in sorted((before.keys() | now.keys()) - free)
             if before.get(name) != now.get(name)
         ]
+        why = "its outer step size falls over all iterations; " * scheduled
         if differing:
             raise UserError(
-                f"{self.dir} holds a run with other settings ({'; '.join(differing)}). Use its settings "
+                f"{self.dir} holds a run with other settings ({why}{'; '.join(differing)}). Use its settings "
                 f"(--flagfile={self.dir / 'flags'}) or another --logdir."
             )
+
+    def _has_schedule(self) -> bool:
+        """Whether the outer step size of an iteration depends on how many there will be."""
+        own = self.settings.meta_optimizer is None and self._algorithm.is_scheduled(self.settings)
+        return own or self.settings.meta_schedule != "constant"
 
     @contextlib.contextmanager
     def _events(self, writer: str) -> Iterator[None]:

@@ -1,5 +1,6 @@
 """Networks that the command line, or the original program, has trained, for use from Python."""
 
+import dataclasses
 import os
 import pathlib
 
@@ -12,6 +13,7 @@ from maml.learners.library import Learner
 from maml.learners.losses import Loss
 from maml.runs import build
 from maml.runs.data import input_shape
+from maml.runs.ensemble import Ensemble, restored
 from maml.runs.files import test_settings
 from maml.runs.folder import Run
 from maml.settings.paper import PUBLISHED
@@ -107,12 +109,12 @@ def _of_pixels(network: keras.Model, scale: float) -> keras.Model:
 
 def trained_network(settings: Settings, *, from_run: bool) -> tuple[keras.Model, int]:
     """The network of the settings with its learned weights, and its iteration; see `trained`."""
-    algorithm, iteration = trained(settings, from_run=from_run)
+    algorithm, iteration = trained(dataclasses.replace(settings, test_ensemble=1), from_run=from_run)
     return algorithm.network, iteration
 
 
-def trained(settings: Settings, *, from_run: bool) -> tuple[Algorithm, int]:
-    """The algorithm of the settings with its learned weights, and its iteration.
+def trained(settings: Settings, *, from_run: bool) -> tuple[Algorithm | Ensemble, int]:
+    """The algorithm of the settings with its learned weights, and its iteration; an ensemble if it is asked.
 
     Args:
         settings: of a test.
@@ -125,8 +127,9 @@ def trained(settings: Settings, *, from_run: bool) -> tuple[Algorithm, int]:
     network = build.build_network(settings, input_shape(settings))
     phases = build.build_training(settings, network)
     run = Run(settings, phases)
+    algorithm = phases[-1].outer.algorithm
     if from_run:
-        run.restore()
+        algorithm = restored(run, algorithm, settings)
     elif settings.init_from != RANDOM:
         run.begin_from(network)
-    return phases[-1].outer.algorithm, int(run.iteration)
+    return algorithm, int(run.iteration)

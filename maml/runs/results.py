@@ -18,7 +18,7 @@ import filelock
 
 import maml
 from maml.runs.files import write_whole
-from maml.settings.own import DEFAULT_LEARNER
+from maml.settings.own import DEFAULT_LEARNER, changed
 
 if TYPE_CHECKING:
     from maml.settings.settings import Settings
@@ -31,13 +31,15 @@ LIBRARIES = ("tensorflow", "keras", "numpy")
 
 def protocol(settings: "Settings") -> dict[str, object]:
     """How a test of these settings measures, and what it measures; all of it known before the run."""
+    together = settings.test_ensemble
+    chosen = settings.checkpoint if together == 1 else f"best-{together}"
     if settings.test_iter != -1:
         checkpoint = f"iteration {settings.test_iter}"
-    elif settings.train:
-        checkpoint = f"{settings.checkpoint} of {settings.iterations}"
     else:
-        checkpoint = settings.checkpoint
-    of_learner = {} if settings.learner == DEFAULT_LEARNER else {"learner": settings.learner, **settings.own}
+        checkpoint = f"{chosen} of {settings.iterations}" if settings.train else chosen
+    of_learner = {} if settings.learner == DEFAULT_LEARNER else {"learner": settings.learner}
+    if settings.learner != DEFAULT_LEARNER or changed(settings):
+        of_learner |= settings.own
     return {
         "datasource": settings.datasource,
         "split": settings.split,
@@ -55,7 +57,6 @@ def protocol(settings: "Settings") -> dict[str, object]:
         "order": 1 if settings.stop_grad else 2,
         "transductive": settings.is_transductive,
         "baseline": settings.baseline,
-        **({"learner": settings.learner, **settings.own} if settings.learner != DEFAULT_LEARNER else {}),
     } | of_learner
 
 

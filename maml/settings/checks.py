@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 from maml.errors import UserError
 from maml.settings.run_name import RANDOM
-from maml.tables import Dataset, network, shipped, weights
+from maml.tables import Dataset, learner, network, shipped, weights
 
 # Flags that not every network reads, as the flagfile of a run has them where its network reads none.
 UNREAD = {"max_pool": False, "num_filters": 64}
@@ -24,6 +24,24 @@ def check_flags(values: Mapping[str, object], present: set[str], data: Dataset) 
     if values["train"]:
         _check_training(values)
     _check_checkpoint(values)
+
+
+def check_read(values: Mapping[str, object], present: set[str], usual: Mapping[str, object]) -> None:
+    """Raises UserError if a flag is given that the learner does not read.
+
+    Args:
+        values, present: see `check_flags`.
+        usual: {name: value} where a flag is not given, as the flagfile of a run has it.
+    """
+    name = values["learner"]
+    instead = dict(learner(name).instead)
+    if values["meta_optimizer"] is not None:
+        instead.pop("meta_lr", None)
+    for flag, what in instead.items():
+        if flag in present and values[flag] != usual[flag]:
+            raise UserError(
+                f"--{flag}: expected a learner that reads it, got --learner={name}: {what}. Leave it out."
+            )
 
 
 def _check_data(values: Mapping[str, object], present: set[str], data: Dataset) -> None:
@@ -121,6 +139,11 @@ def _check_checkpoint(values: Mapping[str, object]) -> None:
         raise UserError(
             f"expected one choice of the checkpoint, got --checkpoint=best and --test_iter="
             f"{values['test_iter']}. Leave out one of the two."
+        )
+    if values["test_ensemble"] > 1 and values["test_iter"] != -1:
+        raise UserError(
+            f"--test_ensemble={values['test_ensemble']}: expected no choice of one checkpoint, got "
+            f"--test_iter={values['test_iter']}. Leave out one of the two."
         )
     shot, lr = values["train_update_batch_size"], values["train_update_lr"]
     if shot == 0 or (lr < 0 and lr != -1):

@@ -4,6 +4,7 @@ import shlex
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from maml import tables
 from maml.errors import UserError
 from maml.settings.flags import of_settings
 from maml.settings.parsing import FLAGFILES, flagfiles
@@ -41,6 +42,17 @@ def shown(arguments: Sequence[str], settings: Settings) -> list[str]:
 def job(arguments: Sequence[str]) -> Job:
     """The job of the given arguments; raises UserError if `maml` would reject them."""
     return Job(tuple(arguments), parse(arguments))
+
+
+def read_by(learner: str, arguments: Sequence[str]) -> list[str]:
+    """The arguments of a run that a learner reads, of those that several learners are given."""
+    unread = tables.learner(learner).instead
+    return [part for part in arguments if _name(part) not in unread]
+
+
+def _name(argument: str) -> str:
+    name = argument.removeprefix("--").partition("=")[0]
+    return name if name in FLAGS else name.removeprefix("no")
 
 
 def check_no_name() -> None:

@@ -1,11 +1,14 @@
 """Flags that only one learner, or one command, reads."""
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from maml import tables
 from maml.errors import UserError
 from maml.process import silent_start
+
+if TYPE_CHECKING:
+    from maml.settings.settings import Settings
 
 DEFAULT_LEARNER = "maml"
 
@@ -32,6 +35,22 @@ class Flag(NamedTuple):
     paper: Mapping[str, bool | int | float | str] = {}
 
 
+# Of MAML and all that stand on it, whose class takes another default; here, so that --help imports nothing.
+ADAPT = Flag(
+    "adapt",
+    "all",
+    "which weights the inner loop adapts: head, body, all (but norms) or a regular expression of their names",
+)
+
+
+def changed(settings: "Settings") -> dict[str, object]:
+    """The learner's own flags whose values are neither the default nor the paper's for the data set."""
+    usual = {
+        flag.name: flag.paper.get(settings.datasource, flag.default) for flag in flags_of(settings.learner)
+    }
+    return {name: value for name, value in settings.own.items() if value != usual.get(name, value)}
+
+
 def flags_of(learner: str) -> Sequence[Flag]:
     """The flags that only this learner reads. Imports its class, unless it is the default.
 
@@ -41,7 +60,9 @@ def flags_of(learner: str) -> Sequence[Flag]:
     Raises:
         UserError: if there is no such class, or it is no learner.
     """
-    if learner == DEFAULT_LEARNER or not tables.is_name(tables.LEARNERS, learner):
+    if learner == DEFAULT_LEARNER:
+        return (ADAPT,)
+    if not tables.is_name(tables.LEARNERS, learner):
         return ()
     row = tables.LEARNERS.get(learner)
     with silent_start():  # TensorFlow, mostly

@@ -6,12 +6,14 @@ import re
 from typing import TYPE_CHECKING
 
 from maml import tables
-from maml.settings.own import DEFAULT_LEARNER, flags_of
+from maml.settings.own import DEFAULT_LEARNER, changed
+from maml.settings.parsing import LONGEST_PART
 
 if TYPE_CHECKING:
     from maml.settings.settings import Settings
 
 NORMS = {"batch_norm": "batchnorm", "layer_norm": "layernorm", "None": "nonorm"}
+OF_TEST = ("test_", "eval_")  # beginnings of the names of a learner's flags that training does not read
 RANDOM = "random"  # in the place of weights to begin with
 
 
@@ -25,7 +27,11 @@ def made_name(settings: "Settings") -> str:
     name += "maxpool" if settings.max_pool else ""
     name += "stopgrad" if settings.stop_grad else ""
     name += (settings.baseline or "") + NORMS[settings.norm]
-    return name + "".join(f".{part}" for part in [*_parts(settings), *_own_parts(settings)] if part)
+    name += "".join(f".{part}" for part in _parts(settings) if part)
+    own = "".join(f".{part}" for part in _own_parts(settings))
+    if len(name) + len(own) > LONGEST_PART:  # of many flags of the learner's own
+        own = f".own-{hashlib.sha256(own.encode()).hexdigest()[:8]}"
+    return name + own
 
 
 def _parts(settings: "Settings") -> list[str | None]:
@@ -64,13 +70,10 @@ def _parts(settings: "Settings") -> list[str | None]:
 
 def _own_parts(settings: "Settings") -> list[str]:
     """The learner's own flags that are not the paper's, but for those of testing alone."""
-    usual = {
-        flag.name: flag.paper.get(settings.datasource, flag.default) for flag in flags_of(settings.learner)
-    }
     return [
         f"{name}{_part(str(value))}"
-        for name, value in settings.own.items()
-        if not name.startswith(("test_", "eval_")) and value != usual.get(name, value)
+        for name, value in changed(settings).items()
+        if not name.startswith(OF_TEST)
     ]
 
 

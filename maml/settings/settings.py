@@ -15,7 +15,7 @@ from maml import tables
 from maml.errors import Failure as Failure
 from maml.errors import UserError as UserError
 from maml.settings import parsing
-from maml.settings.checks import UNREAD, check_flags
+from maml.settings.checks import UNREAD, check_flags, check_read
 from maml.settings.flags import (
     FOLDER,
     INNER,
@@ -29,7 +29,7 @@ from maml.settings.flags import (
     option,
     read,
 )
-from maml.settings.own import DEFAULT_LEARNER, flags_of
+from maml.settings.own import DEFAULT_LEARNER, changed, flags_of
 from maml.settings.run_name import NORMS, made_name
 from maml.settings.run_name import RANDOM as RANDOM
 
@@ -159,6 +159,9 @@ class Settings:
         "That is after --num_updates steps, as the paper's author chose.",
         choices=CHECKPOINTS,
     )
+    test_ensemble: int = option(
+        TEST, 1, "best validated checkpoints to test together, by the mean of their outputs", 1
+    )
     test_iter: int = option(TEST, -1, "iteration of the checkpoint to test, -1 for the newest", -1)
     train_update_batch_size: int = option(TEST, -1, "K the tested run was trained with, if it differs", -1)
     train_update_lr: float = option(TEST, -1.0, "α the tested run was trained with, if it differs")
@@ -234,6 +237,11 @@ class Settings:
     def tested_steps(self) -> int:
         """Inner steps at validation and test; 0 where the learner takes none."""
         return self.test_num_updates if tables.learner(self.learner).steps else 0
+
+    @property
+    def inner_lr(self) -> float | None:
+        """α, the inner step size; None where the learner has others, of its own flags, or takes no steps."""
+        return None if "update_lr" in tables.learner(self.learner).instead else self.update_lr
 
     @property
     def method(self) -> str:
@@ -316,15 +324,21 @@ def resolve(values: flags.FlagValues = FLAGS) -> tuple[Settings, dict[str, objec
 
     shot = given["update_batch_size"]
     train_shot = given["train_update_batch_size"] if given["train_update_batch_size"] > 0 else shot
+    own, from_paper = _own(values, given["learner"], given["datasource"])
+    paper = _paper(given, data, train_shot)
+    usual = {name: values[name].default for name in given} | paper
+    if step_flags := tables.learner(given["learner"]).step_flags:
+        paper.pop("num_updates", None)
+        usual["num_updates"] = sum(own[name] for name in step_flags)
+        paper.setdefault("test_num_updates", usual["num_updates"])
+    check_read(given, present, usual)
+    paper = {name: value for name, value in paper.items() if name not in present}
+    given.update(paper)
+    if step_flags:
+        given["num_updates"] = usual["num_updates"]
     if given["network"] is None:
         given["network"] = data.network if given["conv"] else "mlp"
     given["conv"] = given["conv"] and (given["network"] != "mlp" or not data.classification)
-    paper = data.paper(given["num_classes"], train_shot)
-    paper |= tables.learner(given["learner"]).paper(given["datasource"], given["num_classes"], train_shot)
-    if given["network"] != data.network:
-        paper |= {name: value for name, value in UNREAD.items() if name in paper}
-    paper = {name: value for name, value in paper.items() if name not in present}
-    given.update(paper)
     if given["baseline"] == "oracle":
         # The oracle has nothing to adapt to: as in the original, all its iterations are joint training.
         given["pretrain_iterations"] += given["metatrain_iterations"]
@@ -342,7 +356,6 @@ def resolve(values: flags.FlagValues = FLAGS) -> tuple[Settings, dict[str, objec
             f"--notransductive: expected batch norm, got --norm={given['norm']}, which treats every example "
             f"by itself. Leave out --notransductive."
         )
-    own, from_paper = _own(values, given["learner"], given["datasource"])
     settings = Settings(**given, own=own)
     if not re.fullmatch(r"[\w.-]+", settings.folder_name) or not settings.folder_name.strip("."):
         raise UserError(
@@ -357,19 +370,35 @@ def resolve(values: flags.FlagValues = FLAGS) -> tuple[Settings, dict[str, objec
     return settings, paper | from_paper
 
 
+def _paper(given: dict, data: tables.Dataset, shot: int) -> dict[str, object]:
+    """The values of the papers of data set and learner, whether they are given or not."""
+    paper = data.paper(given["num_classes"], shot)
+    paper |= tables.learner(given["learner"]).paper(given["datasource"], given["num_classes"], shot)
+    if not given["conv"]:
+        paper.pop("network", None)
+    otherwise = paper.get("network", data.network if given["conv"] else "mlp")
+    if (given["network"] or otherwise) != data.network:
+        paper |= {name: value for name, value in UNREAD.items() if name in paper}
+    return paper
+
+
 def _own(values: flags.FlagValues, learner: str, datasource: str) -> tuple[dict, dict]:
     """The flags of the learner's own, and those of them that its paper gives for the data set."""
     own, paper = {}, {}
     for flag in flags_of(learner):
-        own[flag.name] = values[flag.name].value
-        if not values[flag.name].present and datasource in flag.paper:
+        # Flags of the program that were not parsed by `read` have none of a learner's.
+        known = flag.name in values
+        own[flag.name] = values[flag.name].value if known else flag.default
+        if not (known and values[flag.name].present) and datasource in flag.paper:
             own[flag.name] = paper[flag.name] = flag.paper[datasource]
     return own, paper
 
 
 def as_flagfile(settings: Settings) -> str:
     """The settings as the text of an absl flagfile that repeats the run."""
-    left_out = {"train_update_batch_size", "train_update_lr", "test_iter", "checkpoint"}
+    left_out = {"train_update_batch_size", "train_update_lr", "test_iter", "checkpoint", "test_ensemble"}
+    if settings.learner == DEFAULT_LEARNER:  # as flagfiles were before it had flags
+        left_out |= settings.own.keys() - changed(settings).keys()
     if settings.img_size == settings.dataset.side:  # which may be less than the flag takes
         left_out.add("img_size")
     return "".join(

@@ -14,6 +14,9 @@ class Learner(NamedTuple):
             answered without importing any.
         steps: whether it takes inner steps on a task; else it is done with the support set at once.
         paper: its paper's values of a run's flags, of (data set, way, shot), before the data set's own.
+        instead: flags of a run that it does not read, each with what is there in its place: a value given
+            for one is an error.
+        step_flags: names of its own flags whose sum is the number of inner steps in training.
     """
 
     home: str
@@ -21,6 +24,8 @@ class Learner(NamedTuple):
     flags: tuple[str, ...] = ()
     steps: bool = True
     paper: Callable[[str, int, int], dict[str, object]] = lambda datasource, way, shot: {}
+    instead: Mapping[str, str] = {}
+    step_flags: tuple[str, ...] = ()
 
 
 def _metric(datasource: str, way: int, shot: int) -> dict[str, object]:
@@ -42,6 +47,9 @@ def _siamese(datasource: str, way: int, shot: int) -> dict[str, object]:
     return dict(network="koch", img_size=105, meta_batch_size=1, num_filters=64, num_query=1, meta_lr=6e-5)
 
 
+NO_STEPS = dict.fromkeys(
+    ("update_lr", "num_updates", "test_num_updates", "stop_grad"), "it takes no inner steps"
+)
 METRIC_FLAGS = ("train_num_classes", "train_shots", "test_statistics")
 
 
@@ -58,22 +66,22 @@ def _maml_plus_plus(datasource: str, way: int, shot: int) -> dict[str, object]:
 
 def _reptile(datasource: str, way: int, shot: int) -> dict[str, object]:
     """Values of the authors' scripts: 50 steps at test, on the query sets of one example per class."""
-    steps = 8 if datasource == "miniimagenet" else 5
-    return dict(num_updates=steps, test_num_updates=50, meta_batch_size=5, test_num_query=1)
+    return dict(test_num_updates=50, meta_batch_size=5, test_num_query=1)
 
 
 def _leo(datasource: str, way: int, shot: int) -> dict[str, object]:
     """Values of the authors' README, for mini-ImageNet."""
     rate = 2.739071e-4 if shot == 1 else 4.102361e-4
-    steps = dict(num_updates=10, test_num_updates=10)
-    return steps | dict(network="leo", meta_batch_size=12, meta_lr=rate, num_query=15, test_num_query=15)
+    return dict(network="leo", meta_batch_size=12, meta_lr=rate, num_query=15, test_num_query=15)
 
 
 LEARNERS: Mapping[str, Learner] = {
-    "maml": Learner("maml.learners.maml:Maml", "second-order MAML (Finn et al. 2017)"),
+    "maml": Learner("maml.learners.maml:Maml", "second-order MAML (Finn et al. 2017)", ("adapt",)),
     "fomaml": Learner("maml.learners.fomaml:Fomaml", "first-order MAML (Finn et al. 2017)", ("adapt",)),
     "anil": Learner(
-        "maml.learners.anil:Anil", "MAML of the head alone (Raghu et al. 2020)", ("adapt", "joint_norm")
+        "maml.learners.anil:Anil",
+        "MAML of the head alone (Raghu et al. 2020)",
+        ("adapt", "joint_norm", "test_head"),
     ),
     "boil": Learner("maml.learners.anil:Boil", "MAML of all but the head (Oh et al. 2021)", ("adapt",)),
     "meta_sgd": Learner(
@@ -81,6 +89,7 @@ LEARNERS: Mapping[str, Learner] = {
         "MAML with learned step sizes (Li et al. 2017)",
         flags=("adapt", "alpha_low", "alpha_high", "alpha_per"),
         paper=lambda datasource, way, shot: dict(num_updates=1, test_num_updates=1),
+        instead={"update_lr": "α starts between --alpha_low and --alpha_high"},
     ),
     "maml_plus_plus": Learner(
         "maml.learners.maml_plus_plus:MamlPlusPlus",
@@ -102,6 +111,7 @@ LEARNERS: Mapping[str, Learner] = {
             "iters_per_epoch",
         ),
         paper=_maml_plus_plus,
+        instead={"update_lr": "α starts at --inner_lr"},
     ),
     "reptile": Learner(
         "maml.learners.reptile:Reptile",
@@ -121,6 +131,13 @@ LEARNERS: Mapping[str, Learner] = {
             "foml_tail",
         ),
         paper=_reptile,
+        instead={
+            "update_lr": "the inner step size is --inner_lr",
+            "num_updates": "its inner steps are --inner_iters",
+            "stop_grad": "it takes no second derivatives",
+            "meta_lr": "its outer step size is --meta_step, unless there is a --meta_optimizer",
+        },
+        step_flags=("inner_iters",),
     ),
     "leo": Learner(
         "maml.learners.leo:Leo",
@@ -138,14 +155,22 @@ LEARNERS: Mapping[str, Learner] = {
             "orthogonality_penalty_weight",
             "gradient_threshold",
             "gradient_norm_threshold",
+            "nan_penalty",
         ),
         paper=_leo,
+        instead={
+            "update_lr": "its step sizes start at --inner_lr_init and --finetuning_lr_init",
+            "num_updates": "its inner steps are --inner_unroll_length and --finetuning_unroll_length",
+            "stop_grad": "it always takes second derivatives",
+        },
+        step_flags=("inner_unroll_length", "finetuning_unroll_length"),
     ),
     "prototypical": Learner(
         "maml.learners.prototypical:Prototypical",
         "prototypes (Snell et al. 2017)",
         flags=(*METRIC_FLAGS, "halve_every", "distance"),
         steps=False,
+        instead=NO_STEPS,
         paper=_metric,
     ),
     "semi_prototypical": Learner(
@@ -163,6 +188,7 @@ LEARNERS: Mapping[str, Learner] = {
             "weight_decay",
         ),
         steps=False,
+        instead=NO_STEPS,
         paper=_metric,
     ),
     "matching": Learner(
@@ -170,6 +196,7 @@ LEARNERS: Mapping[str, Learner] = {
         "attention (Vinyals et al. 2016)",
         flags=(*METRIC_FLAGS, "halve_every", "full_context", "attention_steps", "distance", "max_norm"),
         steps=False,
+        instead=NO_STEPS,
         paper=_metric,
     ),
     "relation": Learner(
@@ -177,6 +204,7 @@ LEARNERS: Mapping[str, Learner] = {
         "a learned comparison (Sung et al. 2018)",
         flags=(*METRIC_FLAGS, "halve_every", "relation_units", "relation_padding", "max_norm"),
         steps=False,
+        instead=NO_STEPS,
         paper=_relation,
     ),
     "siamese": Learner(
@@ -184,6 +212,7 @@ LEARNERS: Mapping[str, Learner] = {
         "pairs (Koch et al. 2015)",
         flags=(*METRIC_FLAGS, "halve_every", "pairs"),
         steps=False,
+        instead=NO_STEPS,
         paper=_siamese,
     ),
 }

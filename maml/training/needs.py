@@ -8,7 +8,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from maml.episodes import Episode
+from maml.episodes import Episode, SemiSupervisedEpisode
 from maml.errors import UserError
 from maml.networks.stateless import tensors_of
 
@@ -26,6 +26,8 @@ class Needs(NamedTuple):
         labels: whether targets are integer labels.
         alike: whether targets have the shape of the outputs.
         ignored: a label outside of 0…N−1 that the loss passes over.
+        described: shape of an input of the support set, where that is not the model's.
+        unlabeled: whether an episode may have unlabeled inputs behind its four parts.
     """
 
     model: str
@@ -34,31 +36,57 @@ class Needs(NamedTuple):
     labels: bool
     alike: bool
     ignored: int | None = None
+    described: Shape = None
+    unlabeled: bool = False
 
     @classmethod
-    def of(cls, model: keras.Model, *, labels: bool, alike: bool, ignored: int | None = None) -> "Needs":
-        """Those of a built model."""
+    def of(cls, model: keras.Model, **others) -> "Needs":
+        """Those of a built model; `others`: labels, alike and the like."""
         shapes = []
         for name in ("input", "output"):
             tensors = tensors_of(model, name)
             shapes.append(
                 tf.nest.map_structure(lambda x: tuple(x.shape), tensors) if tensors is not None else None
             )
-        return cls(model.name, *shapes, labels, alike, ignored)
+        return cls(model.name, *shapes, **others)
 
-    def fitting(self, item: Sequence) -> Episode:
-        """(support_x, support_y, query_x, query_y) as arrays; raises UserError if they do not fit."""
+    def fitting(self, item: Sequence) -> Episode | SemiSupervisedEpisode:
+        """(support_x, support_y, query_x, query_y) as arrays; raises UserError if they do not fit.
+
+        A fifth part is unlabeled_x, for algorithms that learn from it.
+        """
         parts = list(item) if isinstance(item, list | tuple) or not isinstance(item, dict) else [*item]
-        if len(parts) != 4:
+        if len(parts) != 4 and not (self.unlabeled and len(parts) == 5):
+            known = "support_x, support_y, query_x, query_y" + ", unlabeled_x" * self.unlabeled
             raise UserError(
-                f"expected (support_x, support_y, query_x, query_y), got an episode of {len(parts)} "
-                "parts. Several episodes are given as a list."
+                f"expected ({known}), got an episode of {len(parts)} parts. Several episodes are given as a "
+                f"list."
             )
-        arrays = [
-            _as_arrays(part, shape)
-            for part, shape in zip(parts, (self.inputs, self.outputs) * 2, strict=True)
-        ]
-        return Episode(*self._fitting("support", *arrays[:2]), *self._fitting("query", *arrays[2:]))
+        support = self.support(*parts[:2])
+        query = self.query(*parts[2:4])
+        if len(parts) == 4:
+            return Episode(*support, *query)
+        return SemiSupervisedEpisode(*support, *query, self.input_of("unlabeled", parts[4]))
+
+    def support(self, x: Arrays, y: Arrays) -> tuple[Arrays, Arrays]:
+        """A support set as arrays; raises UserError if it does not fit."""
+        needs = self if self.described is None else self._replace(inputs=self.described)
+        return needs._fitting("support", _as_arrays(x, needs.inputs), _as_arrays(y, self.outputs))
+
+    def query(self, x: Arrays, y: Arrays) -> tuple[Arrays, Arrays]:
+        """A query set as arrays; raises UserError if it does not fit."""
+        return self._fitting("query", _as_arrays(x, self.inputs), _as_arrays(y, self.outputs))
+
+    def input_of(self, part: str, x: Arrays) -> Arrays:
+        """Inputs as arrays; raises UserError if they do not fit or are not finite, or there are none."""
+        x = _as_arrays(x, self.inputs)
+        for one, shape in _pairs(x, self.inputs, f"{part} inputs", self.model):
+            if not _fits(one.shape, shape) or not one.ndim or not len(one):
+                raise UserError(f"expected {shape} for {self.model!r}, got {part} inputs {one.shape}.")
+        if len({len(one) for one in tf.nest.flatten(x)}) > 1:
+            raise UserError(f"expected as many of all {part} inputs, got different numbers.")
+        _check_finite(f"{part} inputs", x)
+        return x
 
     def _fitting_arrays(self, part: str, x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         if not (x.ndim and y.ndim and len(x) == len(y) and len(x) and _fits(x.shape, self.inputs)):
@@ -116,7 +144,7 @@ class Needs(NamedTuple):
     def drawn(self, stream: Iterator[Sequence], count: int) -> list[Episode]:
         """Up to `count` episodes of a stream, fewer where it ends."""
         items = itertools.islice(stream, count)
-        if _is_structure(self.inputs) or _is_structure(self.outputs):
+        if _is_structure(self.inputs) or _is_structure(self.outputs) or self.described:
             return list(map(self.fitting, items))
         return list(self._quickly(items))
 
@@ -160,7 +188,7 @@ def stack(episodes: Sequence[Episode], length: int | None = None) -> Episode:
     def together(rows: Sequence[Arrays]) -> Arrays:
         return stacked(*rows) if isinstance(rows[0], np.ndarray) else tf.nest.map_structure(stacked, *rows)
 
-    found = Episode(*map(together, zip(*episodes, strict=True)))
+    found = type(episodes[0])(*map(together, zip(*episodes, strict=True)))
     check_finite(found)
     return found
 
@@ -176,14 +204,18 @@ def shapes_of(episode: Episode) -> tuple[tuple[int, ...], ...]:
 
 def check_finite(episode: Episode) -> None:
     """Raises UserError for NaN and infinite values, which no loss survives."""
-    parts = ("support inputs", "support targets", "query inputs", "query targets")
-    for part, arrays in zip(parts, episode, strict=True):
-        for array in tf.nest.flatten(arrays):
-            if array.dtype.kind == "f" and not np.isfinite(array).all():
-                raise UserError(
-                    f"expected finite numbers, got NaN or infinite values in {part}. Leave these examples "
-                    "out, or fill the values in."
-                )
+    parts = ("support inputs", "support targets", "query inputs", "query targets", "unlabeled inputs")
+    for part, arrays in zip(parts, episode, strict=False):
+        _check_finite(part, arrays)
+
+
+def _check_finite(part: str, arrays: Arrays) -> None:
+    for array in tf.nest.flatten(arrays):
+        if array.dtype.kind == "f" and not np.isfinite(array).all():
+            raise UserError(
+                f"expected finite numbers, got NaN or infinite values in {part}. Leave these examples out, "
+                "or fill the values in."
+            )
 
 
 def ended(found: int, needed: int) -> UserError:

@@ -62,7 +62,8 @@ class OuterLoop:
     def meta_step(self, episodes: Episode) -> "Measures":
         """One update of θ (line 8); returns the means over the tasks of a meta-batch.
 
-        Where one of these or of the gradient is not finite nothing is updated, and "skipped" is 1.
+        Where one of these or of the gradient is not finite nothing is updated, and "skipped" is 1; unless the
+        algorithm has another gradient for that case.
         """
         algorithm = self.algorithm
         algorithm.iteration.assign(tf.cast(self.optimizer.iterations, tf.int64))
@@ -70,6 +71,10 @@ class OuterLoop:
         finite = tf.reduce_all([tf.reduce_all(tf.math.is_finite(x)) for x in [*gradient, *measures.values()]])
         norms = tf.stack([tf.norm(weight) for weight in gradient])
         norm = tf.norm(norms)
+
+        if (instead := algorithm.instead_of_not_finite(algorithm.weights())) is not None:
+            gradient = [tf.where(finite, g, other) for g, other in zip(gradient, instead, strict=True)]
+            finite = tf.constant(True)
 
         def apply() -> tf.Tensor:
             self.optimizer.apply(algorithm.clipped(gradient), algorithm.variables)

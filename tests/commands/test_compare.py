@@ -130,3 +130,15 @@ def test_unlabeled_examples_leave_the_episode_as_it_is():
     drawn = WithUnlabeled(source, 3, num_distractors=2).sample(spec, "train", indices)
     for one, other in zip(plain, drawn[:4], strict=True):
         np.testing.assert_array_equal(one, other)
+
+
+def test_flags_that_a_learner_does_not_read_are_left_out_of_its_run(monkeypatch):
+    given = ["--datasource=omniglot", "--update_lr=0.3", "--notransductive", "--stop_grad"]
+    monkeypatch.setattr(arguments.jobs, "given_flags", lambda but: given)
+    flags = {"learners": "maml,prototypical,reptile", "name": "", "out": None, "learner": "maml"}
+    monkeypatch.setattr(arguments, "FLAGS", type("Given", (), flags))
+    first, *others = arguments.compare([])[0]
+    assert first.settings.update_lr == 0.3 and first.settings.stop_grad
+    for job in others:
+        assert "--update_lr=0.3" not in job.arguments and not job.settings.stop_grad
+        assert not job.settings.transductive

@@ -7,10 +7,11 @@ import re
 
 import pytest
 
+from maml import tables
 from maml.commands import reproduce
 from maml.errors import UserError
 from maml.reports import published, results_page
-from maml.reports.published import CELLS, Figure
+from maml.reports.published import CELLS, MAML_CELLS, Figure
 from maml.settings import jobs
 from maml.settings.settings import parse
 from tests import forked
@@ -44,27 +45,82 @@ def settings_of(cell):
 
 
 def test_every_flagfile_is_a_cell():
-    """Those of MAML: the other learners' flagfiles are no part of its paper's page."""
-    stems = {path.stem for path in (ROOT / "flags").glob("*.flags")}
-    others = {
-        stem
-        for stem in stems
-        if "--learner=" in (ROOT / "flags" / f"{stem}.flags").read_text(encoding="utf-8")
-    }
-    assert stems - others == CELLS.keys()
-    learners = {parse([f"--flagfile={ROOT / 'flags' / f'{stem}.flags'}"]).learner for stem in others}
-    assert learners == {"matching", "prototypical", "relation", "semi_prototypical", "siamese"}
+    assert {path.stem for path in (ROOT / "flags").glob("*.flags")} == CELLS.keys()
+    for learner in tables.LEARNERS:
+        assert (reproduce.cells_of(learner) != []) == (learner != "boil"), learner
 
 
-@pytest.mark.parametrize("cell", CELLS)
-def test_flagfiles_hold_the_papers_settings_and_name_its_place(cell):
+@pytest.mark.parametrize("cell", MAML_CELLS)
+def test_flagfiles_hold_the_papers_settings(cell):
     settings = parse([f"--flagfile={reproduce.flagfile(cell)}"])
     found = {name: getattr(settings, name) for name in settings_of(cell)}
     assert found == settings_of(cell)
+
+
+# {learner: the settings of its cells, by the last that fits: "omniglot", "20way", "5shot"}; as in the
+# learners' papers and programs, written down a second time.
+TWENTY_WAYS = {"inner_lr": 0.0005, "inner_batch": 20, "inner_iters": 10, "eval_batch": 10}
+MINI = {"train_shots": 15, "inner_iters": 8, "eval_batch": 5, "num_filters": 32}
+LEARNERS = {
+    "reptile": {
+        "": {"meta_step": 1.0, "meta_step_final": 0.0, "meta_batch_size": 5, "iterations": 100_000,
+             "test_num_updates": 50, "num_test_tasks": 10_000, "test_num_query": 1, "inner_batch": 10,
+             "inner_iters": 5, "inner_lr": 0.001, "train_shots": 10, "checkpoint": "newest"},
+        "20way": TWENTY_WAYS | {"iterations": 200_000},
+        "miniimagenet": MINI,
+        "miniimagenet_5way_5shot": MINI | {"eval_batch": 15},
+    },
+    "fomaml": {"": {"iterations": 60_000, "num_updates": 1}, "20way": {"num_updates": 5, "update_lr": 0.1}},
+    "anil": {"": {"adapt": "head", "iterations": 30_000}, "miniimagenet": {"num_query": 15}},
+    "meta_sgd": {"": {"num_updates": 1, "test_num_updates": 1, "alpha_low": 0.005, "alpha_high": 0.1}},
+    "maml_plus_plus": {
+        "": {"iterations": 50_000, "save_interval": 500, "num_updates": 5, "test_num_updates": 5,
+             "inner_lr": 0.1, "meta_batch_size": 8, "num_query": 1, "num_filters": 64, "min_lr": 1e-5,
+             "msl_epochs": 10, "test_ensemble": 5, "num_test_tasks": 600},
+        "miniimagenet": {"meta_batch_size": 2, "num_query": 15, "num_filters": 48, "min_lr": 1e-3,
+                         "msl_epochs": 15, "test_num_query": 15},
+    },
+    "leo": {
+        "": {"iterations": 100_000, "meta_batch_size": 12, "num_query": 15, "num_test_tasks": 10_000,
+             "meta_lr": 2.739071e-4, "l2_penalty_weight": 3.623413e-10, "kl_weight": 0.756143,
+             "orthogonality_penalty_weight": 0.188103, "dropout_rate": 0.307651,
+             "encoder_penalty_weight": 5.756821e-6, "inner_unroll_length": 5},
+        "5shot": {"meta_lr": 4.102361e-4, "l2_penalty_weight": 8.540338e-9, "kl_weight": 0.466387,
+                  "orthogonality_penalty_weight": 1.523998e-3, "dropout_rate": 0.300299,
+                  "encoder_penalty_weight": 2.661608e-7},
+    },
+    "semi_prototypical": {
+        "": {"refine": "mask", "refine_steps": 1, "num_unlabeled": 5, "meta_batch_size": 1},
+        "distractors": {"num_distractors": 5},
+        "omniglot": {"iterations": 20_000, "num_query": 1, "test_num_query": 14},
+        "miniimagenet": {"iterations": 200_000, "num_query": 5, "test_num_query": 20,
+                         "test_num_unlabeled": 20},
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("cell", [name for name in CELLS if name not in MAML_CELLS])
+def test_flagfiles_of_other_learners_hold_their_papers_settings(cell):
+    settings = parse([f"--flagfile={reproduce.flagfile(cell)}"])
+    source, way, shot = cell.split("_")[:3]
+    assert settings.learner == CELLS[cell].learner and settings.test_set
+    assert settings.datasource == ("embeddings" if settings.learner == "leo" else source)
+    assert (settings.num_classes, settings.update_batch_size) == (int(way[:-3]), int(shot[:-4]))
+    assert settings.tested_steps in CELLS[cell].steps
+    expected = {}
+    for part, values in LEARNERS.get(settings.learner, {}).items():
+        expected |= values if part in cell.replace("15shot", "") else {}
+    assert {name: settings.by_flag.get(name, getattr(settings, name, None)) for name in expected} == expected
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_flagfiles_name_the_papers_figures(cell):
     comment = " ".join(reproduce.flagfile(cell).read_text().split("\n--")[0].split())
     assert CELLS[cell].place.split()[0] in comment or "paper" in comment
     for figure in CELLS[cell].paper.values():
         assert f"{figure.mean:g}".removeprefix("0") in comment
+        spread = figure.ci95 or figure.deviation
+        assert spread is None or f"±{spread:g}" in comment
 
 
 def run(logdir, *arguments, expect=0):
@@ -148,9 +204,16 @@ def test_the_list_says_beforehand_what_takes_how_long_and_what_is_done(reproduce
     done = run(logdir, "sinusoid_5shot_pretrained", "omniglot_20way_1shot", "--scale=0.002", "--list",
                "--num_test_tasks=10")  # fmt: skip
     head, trained, omniglot, *_ = [line.split() for line in done.stdout.splitlines()]
-    assert head == ["cell", "data", "hours", "done"]
-    assert trained == ["sinusoid_5shot_pretrained", "sinusoid", "0", "140", "of", "140", "tested"]
-    assert omniglot == ["omniglot_20way_1shot", "omniglot", "0.022", "0", "of", "120"]
+    assert head == ["cell", "data", "paper", "hours", "done"]
+    figures = ["2.41,", "2.23,", "2.19"]
+    assert trained == [
+        "sinusoid_5shot_pretrained",
+        "sinusoid",
+        *figures,
+        "0",
+        *["140", "of", "140", "tested"],
+    ]
+    assert omniglot == ["omniglot_20way_1shot", "omniglot", "95.8", "±", "0.3", "0.022", "0", "of", "120"]
     assert all(cell.hours > 0 for cell in CELLS.values())
 
 
@@ -165,6 +228,22 @@ def test_bad_requests_are_refused(tmp_path):
     assert (
         "expected a number above 0 and at most 1"
         in run(tmp_path, "sinusoid_5shot", "--scale=0", expect=2).stderr
+    )
+
+
+def test_a_learners_name_stands_for_its_cells(tmp_path):
+    lines = run(tmp_path, "--list", "meta_sgd", "omniglot_5way_5shot").stdout.splitlines()[1:-2]
+    rows = [line.split() for line in lines]
+    assert [row[0] for row in rows] == [*reproduce.cells_of("meta_sgd"), "omniglot_5way_5shot"]
+    assert rows[0][:5] == ["omniglot_5way_1shot_meta_sgd", "omniglot", "99.53", "±", "0.26"]
+    assert reproduce.named([]) == list(MAML_CELLS)
+    assert not (tmp_path / "results").exists()
+
+
+def test_a_deviation_over_seeds_is_no_interval():
+    assert results_page._shown(Figure(96.2, deviation=0.5), True) == "96.20 (deviation 0.50)"
+    assert results_page._difference([Figure(97.0, 0.5)], Figure(96.2, deviation=0.5), True).endswith(
+        "outside**"
     )
 
 

@@ -50,8 +50,8 @@ def toy_learner(monkeypatch):
 # --- Parsed -------------------------------------------------------------------------------------------
 
 
-def test_the_default_learner_has_no_flags_of_its_own_and_is_not_imported():
-    assert flags_of("maml") == () and parse([]).own == {}
+def test_the_default_learner_has_its_flag_without_being_imported():
+    assert flags_of("maml") == Maml.flags and parse([]).own == {"adapt": "all"}
     look = (
         "import sys; from maml.settings.settings import parse; parse([]); print('tensorflow' in sys.modules)"
     )
@@ -139,9 +139,9 @@ def test_the_run_folder_is_named_by_what_differs_from_the_original():
         ("--learner=reptile", "--meta_optimizer=adam", "--meta_schedule=cosine"): ".reptile.adam.cosine",
         ("--meta_optimizer=keras.optimizers:AdamW", "--seed=2"): ".keras-optimizers-AdamW.seed2",
     }.items():
-        found = parse(
-            [*arguments, "--update_lr=0.001", "--num_updates=1", "--meta_batch_size=25"]
-        ).folder_name
+        steps = "--inner_iters=5" if "--learner=reptile" in arguments else "--num_updates=1"
+        found = parse([*arguments, "--update_lr=0.001", steps, "--meta_batch_size=25"]).folder_name
+        found = found.replace("numstep5", "numstep1")  # of Reptile's
         assert found == (plain + ending).replace("ending", ""), arguments
     images = parse(["--datasource=omniglot", "--network=toy_learner:build"])
     assert images.folder_name.endswith("batchnorm.toy_learner-build")
