@@ -15,6 +15,7 @@ from maml.runs import train as training
 from maml.runs.data import first_episode, load_data
 from maml.runs.ensemble import Ensemble, restored
 from maml.runs.folder import Run
+from maml.runs.weights import begin_from
 from maml.settings.own import DEFAULT_LEARNER, changed
 from maml.settings.settings import RANDOM, Settings
 from maml.training import devices
@@ -49,7 +50,7 @@ def _train_and_test(settings: Settings, machine: devices.Machine) -> None:
     folder = Run(settings, phases, chief=machine.chief)
     if settings.train:
         if settings.init_from and settings.init_from != RANDOM:
-            folder.begin_from(network)
+            begin_from(network, settings.init_from)
         folder.begin(first_episode(data, build.train_spec(settings), "train"))
         machine.check_together(folder.iteration)
         if int(folder.iteration):

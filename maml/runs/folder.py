@@ -5,23 +5,21 @@ import dataclasses
 import hashlib
 import math
 import os
-import pathlib
 import shutil
 import struct
 from collections.abc import Iterator, Sequence
 
 import filelock
-import keras
 import tensorflow as tf
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.plugins.image.metadata import create_summary_metadata
 from tensorboard.plugins.scalar.summary_v2 import scalar_pb
 
-from maml import tables
 from maml.episodes import Episode
 from maml.errors import Failure, UserError
-from maml.runs import events, original, shipped
+from maml.runs import events
 from maml.runs.files import csv_text, saved_iterations, tag, validations, write_whole
+from maml.runs.weights import restored
 from maml.settings.run_name import OF_TEST
 from maml.settings.settings import Settings, as_flagfile, parse, read_flagfile
 from maml.training.loop import METATRAIN, PRETRAIN, Phase
@@ -322,33 +320,9 @@ class Run:
         steps = min(self.settings.trained_steps, self.settings.tested_steps)
         return tag(measure, "query", steps), sign
 
-    def begin_from(self, network: keras.Model) -> None:
-        """Gives the network the weights that `init_from` names.
-
-        Raises:
-            UserError: if they are not there, or those of another network.
-        """
-        if self.settings.init_from in tables.shipped():
-            shipped.load(network, tables.weights("--init_from", self.settings.init_from))
-            return
-        path = pathlib.Path(self.settings.init_from)
-        if path.is_dir():
-            there = saved_iterations(path)
-            if not there:
-                raise UserError(
-                    f"--init_from={path}: expected a run folder with checkpoints/model-*.index, got no "
-                    "checkpoint in it. Set one, or the name of a checkpoint."
-                )
-            path = path / "checkpoints" / f"model-{there[-1]}"
-        if original.is_original(path):
-            original.load(network, path)
-            return
-        status = _restored(tf.train.Checkpoint(network=network), path, "Use another --init_from")
-        status.expect_partial()
-
     def _restore(self, iteration: int) -> None:
         path = self.dir / "checkpoints" / f"model-{iteration}"
-        _restored(self._checkpoint, path, "Test another one with --test_iter")
+        restored(self._checkpoint, path, "Test another one with --test_iter")
 
     def _check_settings(self) -> None:
         """A run folder may only be resumed under the settings it was begun with."""
@@ -395,23 +369,3 @@ class Run:
             with self._writers[writer].as_default(step=int(self.iteration)):
                 yield
             self._writers[writer].flush()
-
-
-def _restored(checkpoint: tf.train.Checkpoint, path: pathlib.Path, advice: str):
-    """Restores all that the checkpoint holds from a path; a UserError where it cannot."""
-    if not path.with_name(f"{path.name}.index").is_file():
-        raise UserError(f"{path}: expected its name as before .index, got no such checkpoint. {advice}.")
-    try:
-        status = checkpoint.restore(str(path))
-        status.assert_existing_objects_matched()
-    except (AssertionError, ValueError) as error:
-        raise UserError(
-            f"{path}: expected those of this one, got weights of another network than the flags describe. "
-            f"{advice}, or check the flags."
-        ) from error
-    except (LookupError, RuntimeError, tf.errors.OpError) as error:
-        reason = getattr(error, "message", str(error)).replace(str(path), path.name).splitlines()[0]
-        raise UserError(
-            f"{path}: unreadable ({reason[:200]}), expected a complete checkpoint. {advice}."
-        ) from error
-    return status

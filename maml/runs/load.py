@@ -16,6 +16,7 @@ from maml.runs.data import input_shape
 from maml.runs.ensemble import Ensemble, restored
 from maml.runs.files import test_settings
 from maml.runs.folder import Run
+from maml.runs.weights import begin_from
 from maml.settings.paper import PUBLISHED
 from maml.settings.settings import RANDOM, Settings, parse
 
@@ -131,5 +132,5 @@ def trained(settings: Settings, *, from_run: bool) -> tuple[Algorithm | Ensemble
     if from_run:
         algorithm = restored(run, algorithm, settings)
     elif settings.init_from != RANDOM:
-        run.begin_from(network)
+        begin_from(network, settings.init_from)
     return algorithm, int(run.iteration)

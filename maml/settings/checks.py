@@ -1,11 +1,17 @@
 """Combinations of flags that make no sense; each error names them."""
 
 import pathlib
+import re
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 from maml.errors import UserError
+from maml.settings.parsing import LONGEST_PART
 from maml.settings.run_name import RANDOM
 from maml.tables import Dataset, learner, network, shipped, weights
+
+if TYPE_CHECKING:
+    from maml.settings.settings import Settings
 
 # Flags that not every network reads, as the flagfile of a run has them where its network reads none.
 UNREAD = {"max_pool": False, "num_filters": 64}
@@ -24,6 +30,26 @@ def check_flags(values: Mapping[str, object], present: set[str], data: Dataset) 
     if values["train"]:
         _check_training(values)
     _check_checkpoint(values)
+
+
+def check_resolved(settings: "Settings") -> None:
+    """Raises UserError if what was not given makes a combination without sense, or the folder has no name."""
+    if not settings.transductive and settings.norm != "batch_norm":
+        raise UserError(
+            f"--notransductive: expected batch norm, got --norm={settings.norm}, which treats every example "
+            f"by itself. Leave out --notransductive."
+        )
+    name = settings.folder_name
+    if not re.fullmatch(r"[\w.-]+", name) or not name.strip("."):
+        raise UserError(
+            f"expected a folder name of letters, digits, '_', '-' and '.', got "
+            f"--run_name={settings.run_name}."
+        )
+    if len(name) > LONGEST_PART:
+        raise UserError(
+            f"expected a run folder's name of at most {LONGEST_PART} characters, got one of {len(name)} "
+            f"({name}). Use --run_name=NAME."
+        )
 
 
 def check_read(values: Mapping[str, object], present: set[str], usual: Mapping[str, object]) -> None:

@@ -6,7 +6,6 @@ This module imports nothing heavy: a mistyped flag is answered at once.
 import dataclasses
 import os
 import pathlib
-import re
 from collections.abc import Mapping, Sequence
 
 from absl import flags
@@ -15,7 +14,7 @@ from maml import tables
 from maml.errors import Failure as Failure
 from maml.errors import UserError as UserError
 from maml.settings import parsing
-from maml.settings.checks import UNREAD, check_flags, check_read
+from maml.settings.checks import UNREAD, check_flags, check_read, check_resolved
 from maml.settings.flags import (
     FOLDER,
     INNER,
@@ -351,22 +350,8 @@ def resolve(values: flags.FlagValues = FLAGS) -> tuple[Settings, dict[str, objec
     given["img_size"] = given["img_size"] or data.side
     given["num_query"] = given["num_query"] or train_shot
     given["test_num_query"] = given["test_num_query"] or shot
-    if not given["transductive"] and given["norm"] != "batch_norm":
-        raise UserError(
-            f"--notransductive: expected batch norm, got --norm={given['norm']}, which treats every example "
-            f"by itself. Leave out --notransductive."
-        )
     settings = Settings(**given, own=own)
-    if not re.fullmatch(r"[\w.-]+", settings.folder_name) or not settings.folder_name.strip("."):
-        raise UserError(
-            f"expected a folder name of letters, digits, '_', '-' and '.', got "
-            f"--run_name={settings.run_name}."
-        )
-    if len(settings.folder_name) > parsing.LONGEST_PART:
-        raise UserError(
-            f"expected a run folder's name of at most {parsing.LONGEST_PART} characters, got one of "
-            f"{len(settings.folder_name)} ({settings.folder_name}). Use --run_name=NAME."
-        )
+    check_resolved(settings)
     return settings, paper | from_paper
 
 

@@ -17,6 +17,7 @@ from maml import Failure, Learner, UserError, cross_entropy, load_run, mean_squa
 from maml.datasets.sinusoid import Sinusoid
 from maml.runs import build
 from maml.runs.folder import Run
+from maml.runs.weights import begin_from
 from maml.settings.settings import parse
 from tests.learning import Meta
 from tests.library.test_layers import KINDS, LOGITS, episodes, meta_batch, network
@@ -234,7 +235,7 @@ def test_the_published_weights_take_photographs_as_they_are(data_dir):
     flags = ["--datasource=miniimagenet", "--num_classes=5", "--update_batch_size=2", f"--init_from={path}"]
     settings = parse(flags)
     theirs = Meta.built(settings, build.build_network(settings, (84, 84, 3)))
-    Run(settings, theirs.phases).begin_from(theirs.network)
+    begin_from(theirs.network, settings.init_from)
     for one, other in zip(learner.model.get_weights(), theirs.network.get_weights(), strict=True):
         np.testing.assert_array_equal(one, other)
     pixels = np.random.default_rng(0).integers(0, 256, (10, 84, 84, 3), np.uint8)

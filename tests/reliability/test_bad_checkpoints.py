@@ -11,6 +11,7 @@ from maml.errors import UserError
 from maml.runs import build
 from maml.runs import data as run_data
 from maml.runs.folder import Run
+from maml.runs.weights import begin_from
 from maml.settings.settings import parse
 from tests import forked
 from tests.command_line import ROOT
@@ -103,7 +104,7 @@ def test_weights_that_cannot_be_read_are_refused(name, folder, tmp_path):
     before = snapshot(tmp_path)
     with pytest.raises(UserError, match=found) as refusal:
         one = run(tmp_path / "other", f"--init_from={folder / inside}")
-        one.begin_from(one._checkpoint.network)
+        begin_from(one._checkpoint.network, one.settings.init_from)
     assert_one_line(str(refusal.value))
     assert snapshot(tmp_path) == before
 
@@ -120,7 +121,7 @@ OTHERS = {
 def test_weights_of_another_network_are_refused(name, saved, tmp_path):
     one = run(tmp_path / "other", f"--init_from={saved}", *OTHERS[name])
     with pytest.raises(UserError, match="of another network") as refusal:
-        one.begin_from(one._checkpoint.network)
+        begin_from(one._checkpoint.network, one.settings.init_from)
     assert_one_line(str(refusal.value))
     assert not (tmp_path / "other").exists()
 
@@ -129,7 +130,7 @@ def test_the_originals_weights_for_another_network_are_refused(data_dir, tmp_pat
     given = data_dir / "original_checkpoint" / "model59000"
     one = run(tmp_path / "other", f"--init_from={given}", "--datasource=omniglot", "--num_filters=4")
     with pytest.raises(UserError, match="model59000") as refusal:
-        one.begin_from(one._checkpoint.network)
+        begin_from(one._checkpoint.network, one.settings.init_from)
     assert_one_line(str(refusal.value))
     assert not (tmp_path / "other").exists()
 
