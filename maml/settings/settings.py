@@ -189,11 +189,18 @@ class Settings:
         "meta-batch.",
         1,
     )
+    vectorize: bool | None = option(
+        MACHINE,
+        None,
+        "compute all tasks of a meta-batch at once, not one by one [chosen]\n\n"
+        "Chosen: for networks without convolutions, and for all on a GPU. On a CPU a task per thread is "
+        "faster with convolutions.",
+    )
     jit_compile: bool | None = option(
         MACHINE,
         None,
         "compile the training with XLA: faster, slow to start [chosen]\n\n"
-        "Chosen: only for networks without convolutions.",
+        "Chosen: where all tasks are computed at once.",
     )
     mixed_precision: bool = option(
         MACHINE,
