@@ -9,11 +9,13 @@ They take turns and never run at once, so that whatever else the machine does me
 Columns: ratio, our median over the loop's; of matmul, the share of the machine's rate of matrix products
 (2048×2048, float32, measured in turns with the rest) that the algorithm's own products
 take (`speed_worker.matmul_flops`); compile s, the first call less the second; peak GB, the most memory the
-process held (a GPU's not counted).
+process held (a GPU's not counted). With `--shapes`, and on a GPU, also: GPU peak GB, TensorFlow's own count;
+GPU busy, the mean of nvidia-smi's utilization; kernels, those of XLA's program of one meta-gradient.
 """
 
 import contextlib
 import dataclasses
+import importlib.util
 import json
 import multiprocessing
 import os
@@ -108,9 +110,19 @@ class Worker:
 
 
 def compare(
-    workload: str, order: int, *, against: str, rounds: int, seconds: float, seed: int, matmul: Worker
+    workload: str,
+    order: int,
+    *,
+    against: str,
+    rounds: int,
+    seconds: float,
+    seed: int,
+    matmul: Worker,
+    shapes: bool = False,
 ) -> dict:
-    """Runs ours and, unless `against` is "none", the loop in turns; returns what the JSON holds of it.
+    """Runs ours and, unless `against` is "none", the other in turns; returns what the JSON holds of it.
+
+    With `shapes` ours twice, all tasks at once and a task per thread.
 
     Raises:
         RuntimeError: if the two do not compute the same; nothing is timed then.
@@ -118,22 +130,24 @@ def compare(
     """
     settings = workload_settings(workload, order, seed)
     row: dict = {"workload": workload, "order": order, "settings": dataclasses.asdict(settings)}
+    ours = ("axis", "thread") if shapes else ("ours",)
     with contextlib.ExitStack() as stack:
-        if against == "loop":
-            with Worker("agreement", settings) as worker:
+        if against == "loop" or shapes:
+            checked = dataclasses.replace(settings, vectorize=True) if shapes else settings
+            with Worker("agreement", checked) as worker:
                 row["agreement"] = {f"float64_{name}": value for name, value in worker.ready.items()}
             check_agreement(row)
-        kinds = ["ours"] + ["loop"] * (against == "loop")
+        kinds = [*ours] + [against] * (against != "none")
         workers = {kind: stack.enter_context(Worker(kind, settings)) for kind in kinds}
         if against == "loop":
-            losses, needed = workers["ours"].ready["first"], workers["loop"].ready["first"]
+            losses, needed = workers[ours[0]].ready["first"], workers["loop"].ready["first"]
             for name, loss in losses.items():
                 off = abs(loss - needed[name]) / abs(needed[name])
                 row["agreement"][f"float32_{name}"] = off
             check_agreement(row)
         turns = workers | {"matmul": matmul}
         answers = [{kind: worker.run(seconds) for kind, worker in turns.items()} for _ in range(rounds)]
-    row["matmul_flops_per_iteration"] = workers["ours"].ready["matmul_flops"]
+    row["matmul_flops_per_iteration"] = workers[ours[0]].ready["matmul_flops"]
     row["matmul_flops_per_second"] = _spread([answer["matmul"]["rate"] for answer in answers])
     for kind, worker in workers.items():
         rate = _spread([answer[kind]["rate"] for answer in answers])
@@ -144,10 +158,12 @@ def compare(
             "compile_seconds": worker.ready["compile_seconds"],
             "peak_bytes": answers[-1][kind]["peak_bytes"],
             "threads": worker.ready["threads"],
+            "gpu": answers[-1][kind]["gpu"] | {"kernels": worker.ready.get("kernels")},
         }
-    if against == "loop":
-        ours, theirs = (row[kind]["iterations_per_second"]["median"] for kind in ("ours", "loop"))
-        row["ratio"] = ours / theirs
+    row["kinds"] = kinds
+    if len(kinds) > 1:
+        first, second = (row[kind]["iterations_per_second"]["median"] for kind in kinds[:2])
+        row["ratio"] = first / second
     return row
 
 
@@ -176,18 +192,49 @@ HEADER = (
 def table_rows(row: dict) -> str:
     """The lines of the table for what `compare` returned: ours, then the loop."""
     lines = []
-    for kind in ("ours", "loop"):
-        if kind not in row:
-            continue
+    for kind in row["kinds"]:
+        first = kind == row["kinds"][0]
         rate = row[kind]["iterations_per_second"]
         speed = " ".join(f"{rate[name]:#,.4g}".rstrip(".") for name in ("median", "min", "max"))
         speed = "{} ({} … {})".format(*speed.split())
-        name, order = (row["workload"], row["order"]) if kind == "ours" else ("", "")
-        ratio = f"{row['ratio']:.2f}" if kind == "ours" and "ratio" in row else ""
+        name, order = (row["workload"], row["order"]) if first else ("", "")
+        ratio = f"{row['ratio']:.2f}" if first and "ratio" in row else ""
         lines.append(
             f"{name:24}{order:>6}  {kind:8}{speed:>28}{ratio:>7}{row[kind]['of_matmul_rate']:>11.1%}"
             f"{row[kind]['compile_seconds']:>11.1f}{row[kind]['peak_bytes'] / 1e9:>9.2f}"
         )
+    return "\n".join(lines)
+
+
+SHAPES_HEADER = """\
+| workload | order | form | it/s (min … max) | × second row | of matmul | compile s | peak GB | GPU peak GB \
+| GPU busy | kernels |
+|---|---|---|---|---|---|---|---|---|---|---|"""
+FORMS = {
+    "axis": "all tasks at once",
+    "thread": "task by task",
+    "loop": "plain loop",
+    "torch": "torch.func, vmap",
+}
+
+
+def shapes_rows(row: dict) -> str:
+    """The same in Markdown, with the GPU's share: its memory, how busy it was, kernels of an iteration."""
+    second = row[row["kinds"][1]]["iterations_per_second"]["median"]
+    lines = []
+    for kind in row["kinds"]:
+        found, rate = row[kind], row[kind]["iterations_per_second"]
+        speed = "{:#,.4g} ({:#,.4g} … {:#,.4g})".format(*(rate[name] for name in ("median", "min", "max")))
+        gpu = found["gpu"]
+        cells = [
+            *(row["workload"], row["order"], FORMS[kind], speed, f"{rate['median'] / second:.2f}"),
+            *(f"{found['of_matmul_rate']:.1%}", f"{found['compile_seconds']:.1f}"),
+            f"{found['peak_bytes'] / 1e9:.2f}",
+            f"{gpu['peak_bytes'] / 1e9:.2f}" if gpu.get("peak_bytes") else "",
+            f"{gpu['busy']:.0f} %" if gpu.get("busy") is not None else "",
+            gpu["kernels"] or "",
+        ]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines)
 
 
@@ -200,7 +247,7 @@ def _machine() -> dict:
     return {"cpu": cpu, "cores": cores, "load_average_before": os.getloadavg()}
 
 
-def _chosen() -> list[tuple[str, int]]:
+def chosen() -> list[tuple[str, int]]:
     """The workloads and orders of the flags; a mistake in them is a UserError."""
     for flag in of_settings(FLAGS):
         if flag.present and flag.name != "seed":
@@ -213,7 +260,7 @@ def _chosen() -> list[tuple[str, int]]:
         raise UserError(f"expected some of {', '.join(WORKLOADS)}, got --workload={FLAGS.workload}.")
     if not set(orders) <= {str(order) for order in ORDERS}:
         raise UserError(f"expected 2, 1 or both (2,1), got --order={FLAGS.order}.")
-    if FLAGS.json:
+    if "json" in FLAGS and FLAGS.json:
         try:
             pathlib.Path(FLAGS.json).open("a").close()
         except OSError as error:
@@ -225,11 +272,27 @@ def _chosen() -> list[tuple[str, int]]:
 
 
 def _main(_: list[str]) -> None:
-    chosen = _chosen()
+    pairs = chosen()
     options = {name: FLAGS[name].value for name in ("against", "rounds", "seconds", "seed")}
+    if FLAGS.device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
+    has_torch = importlib.util.find_spec("torch") is not None
+    if FLAGS.against == "torch" and not has_torch:
+        raise UserError("--against=torch: expected PyTorch, got none. Install it: pip install torch.")
+    if FLAGS.device == "gpu" or FLAGS.shapes:
+        peer = "torch" if has_torch and FLAGS.device == "gpu" else "none"
+        against = FLAGS.against if FLAGS["against"].present else peer
+        options |= {"shapes": True, "against": against}
+    header, rows = (SHAPES_HEADER, shapes_rows) if "shapes" in options else (HEADER, table_rows)
     machine = _machine()
     load = machine["load_average_before"][0]
     with Worker("matmul", workload_settings("sinusoid", 2)) as matmul:
+        gpu = matmul.ready["gpu"]
+        if FLAGS.device == "gpu" and not gpu:
+            raise UserError(
+                "--device=gpu: expected a GPU that TensorFlow sees, got none. Install tensorflow[and-cuda] "
+                "where there is one (docs/gpus.md), or use --device=cpu --shapes."
+            )
         results: dict = {
             "command": shlex.join(["python", "-m", "benchmarks.speed", *sys.argv[1:]]),
             "machine": machine,
@@ -239,18 +302,18 @@ def _main(_: list[str]) -> None:
             "workloads": [],
         }
         print(
-            f"{machine['cpu']}, {machine['cores']} cores, load {load:.1f} before; "
+            f"{gpu + ', ' if gpu else ''}{machine['cpu']}, {machine['cores']} cores, load {load:.1f} before; "
             f"TensorFlow {results['versions']['tensorflow']}; "
             f"medians of {FLAGS.rounds} rounds of {FLAGS.seconds:g} s"
         )
-        print(HEADER, flush=True)
-        progress = tqdm(chosen, unit="comparison", disable=None)
+        print(header, flush=True)
+        progress = tqdm(pairs, unit="comparison", disable=None)
         for workload, order in progress:
             progress.set_description(f"{workload}, order {order}")
             if progress.disable:  # no terminal
                 print(f"{workload}, order {order} …", file=sys.stderr, flush=True)
             row = compare(workload, order, **options, matmul=matmul)
-            progress.write(table_rows(row), file=sys.stdout)
+            progress.write(rows(row), file=sys.stdout)
             sys.stdout.flush()
             results["workloads"].append(row)
             machine["load_average_after"] = os.getloadavg()
@@ -268,8 +331,18 @@ COMMAND = Command(
         Flag("workload", ",".join(WORKLOADS), "some of these"),
         Flag("order", ",".join(str(order) for order in ORDERS), "2: second derivatives; 1: first order"),
         Flag(
-            "against", "loop", "loop: a plain TensorFlow 2 loop; none: ours alone", choices=("loop", "none")
+            "against",
+            "loop",
+            "loop: a plain TensorFlow 2 loop; torch: PyTorch, where it is installed; none: ours alone",
+            choices=("loop", "torch", "none"),
         ),
+        Flag(
+            "device",
+            "any",
+            "any: a GPU where there is one; gpu: fails without one, and implies --shapes",
+            choices=("any", "cpu", "gpu"),
+        ),
+        Flag("shapes", False, "all tasks at once against task by task; a table in Markdown"),
         Flag("rounds", 7, "turns of each; the median counts", lower=1),
         Flag("seconds", 5.0, "length of a turn (one iteration at least)", lower=0.0),
         Flag("json", None, "also write everything to this file"),

@@ -7,11 +7,13 @@ import os
 import pathlib
 import platform
 import resource
+import shutil
+import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import keras
 import numpy as np
@@ -19,6 +21,7 @@ import tensorflow as tf
 
 import maml
 from benchmarks.plain_loop import PlainLoop
+from benchmarks.program import counted
 from maml.datasets import sinusoid
 from maml.datasets.image_classes import ClassImages, ImageClasses
 from maml.datasets.unlabeled import WithUnlabeled
@@ -72,19 +75,39 @@ def matmul_flops(network: keras.Model, settings: Settings) -> int:
 
     Norms, ReLU, pooling and the optimizer are left out: they multiply no matrices.
     """
+    return sum(
+        products * 2 * examples * math.prod(layer.output.shape[1:-1]) * math.prod(layer.kernel.shape)
+        for layer, products, examples in _products(network, settings)
+    )
+
+
+def matmul_bytes(network: keras.Model, settings: Settings) -> int:
+    """Bytes that the products of `matmul_flops` move if each reads its factors and writes its result once.
+
+    The factors and the result are the layer's inputs, outputs and weights, or gradients in these, in float32.
+    """
+    return 4 * sum(
+        products
+        * (
+            examples * (math.prod(layer.input.shape[1:]) + math.prod(layer.output.shape[1:]))
+            + math.prod(layer.kernel.shape)
+        )
+        for layer, products, examples in _products(network, settings)
+    )
+
+
+def _products(network: keras.Model, settings: Settings) -> Iterator[tuple[keras.layers.Layer, int, int]]:
+    """Each layer with weights, the products of its size in one meta-iteration, and of how many examples."""
     support_examples = settings.num_classes * settings.update_batch_size
     query_examples = settings.num_classes * settings.num_query
     if not settings.classification:
         support_examples, query_examples = settings.update_batch_size, settings.num_query
-    total = 0
     layers = [layer for layer in network.layers if hasattr(layer, "kernel")]
     for layer in layers:
-        positions = math.prod(layer.output.shape[1:-1])
-        unit = 2 * positions * math.prod(layer.kernel.shape)
         query = 2 if layer is layers[0] else 3
         support = query if settings.stop_grad else 4 if layer is layers[0] else 9
-        total += unit * (settings.num_updates * support * support_examples + query * query_examples)
-    return settings.meta_batch_size * total
+        yield layer, settings.meta_batch_size * settings.num_updates * support, support_examples
+        yield layer, settings.meta_batch_size * query, query_examples
 
 
 def agreement(outer: OuterLoop, loop: PlainLoop, episodes: Episode) -> dict[str, float]:
@@ -106,6 +129,19 @@ def agreement(outer: OuterLoop, loop: PlainLoop, episodes: Episode) -> dict[str,
     pairs = {"support_loss": measures["support_loss"][0], "query_loss": measures["query_loss"]}
     deviations = {name: float(abs(loss - losses[name]) / losses[name]) for name, loss in pairs.items()}
     return deviations | {"meta_gradient": max(off)}
+
+
+def program(settings: Settings) -> str:
+    """XLA's optimized program of a meta-gradient with all tasks at once, as text; compiled and not run."""
+    network, episodes = _begin(dataclasses.replace(settings, vectorize=True))
+    outer = build.build_training(dataclasses.replace(settings, vectorize=True), network)[-1].outer
+    return optimized(outer, tf.nest.map_structure(lambda field: field[0], episodes))
+
+
+def optimized(outer: OuterLoop, episodes: Episode) -> str:
+    """The same of an outer loop and its first meta-batch."""
+    function = tf.function(outer.gradient, jit_compile=True, autograph=False)
+    return function.experimental_get_compiler_ir(episodes)(stage="optimized_hlo")
 
 
 def peak_memory() -> int:
@@ -140,11 +176,26 @@ def ours(settings: Settings) -> Timed:
     return timed._replace(report=timed.report | {"threads": threads})
 
 
+def axis(settings: Settings) -> Timed:
+    """Ours with all tasks at once."""
+    settings = dataclasses.replace(settings, vectorize=True)
+    timed = ours(settings)
+    if not _gpu():
+        return timed
+    return timed._replace(report=timed.report | {"kernels": counted(program(settings)).kernels})
+
+
+def thread(settings: Settings) -> Timed:
+    """Ours task by task."""
+    return ours(dataclasses.replace(settings, vectorize=False))
+
+
 def blocks(settings: Settings) -> Timed:
     """Our learner as `maml.runs.train` drives it: as many iterations per call."""
-    network, episodes = _begin(settings)
+    network, _ = _begin(settings)
     phase = build.build_training(settings, network)[-1]
     length = phase.block_length
+    episodes = random_episodes(settings, max(IMAGE_META_BATCHES, length))
     parts = _cycle(episodes, lambda field, i: field[i : i + length], step=length)
     bounds = tf.constant(0), tf.constant(length)
 
@@ -198,6 +249,15 @@ def _random_source(settings: Settings) -> EpisodeSource:
     return ImageClasses("random", {"train": ClassImages.in_memory(images)}, rotations=rotations)
 
 
+def torch(settings: Settings) -> Timed:
+    """PyTorch with torch.func; one iteration per call."""
+    from benchmarks import torch_peer  # only where it is asked for is PyTorch needed
+
+    _, episodes = _begin(settings)
+    name = "PyTorch's default" if torch_peer.DEVICE.type == "cpu" else "PyTorch's GPU"
+    return Timed(torch_peer.step_of(settings, episodes), 1, {"threads": name})
+
+
 def matmul(_: Settings) -> Timed:
     """A product of two float32 matrices, on all threads; an "iteration" is a floating-point operation."""
     matrix = tf.random.normal((MATMUL_SIZE, MATMUL_SIZE))
@@ -207,10 +267,47 @@ def matmul(_: Settings) -> Timed:
 
     versions = {"maml": maml.__version__, "tensorflow": tf.__version__, "keras": keras.__version__}
     versions |= {"numpy": np.__version__, "python": platform.python_version()}
-    return Timed(call, 2 * MATMUL_SIZE**3, {"versions": versions})
+    return Timed(call, 2 * MATMUL_SIZE**3, {"versions": versions, "gpu": _gpu()})
 
 
-TIMED = {"ours": ours, "loop": loop, "matmul": matmul, "learner": learner}
+def _gpu() -> str:
+    """The name of the first GPU; "" without one."""
+    gpus = tf.config.list_physical_devices("GPU")
+    return tf.config.experimental.get_device_details(gpus[0]).get("device_name", "GPU") if gpus else ""
+
+
+class Busy:
+    """How busy nvidia-smi finds the GPU while something runs, in percent; None without it."""
+
+    def __enter__(self) -> Self:
+        command = [
+            "nvidia-smi",
+            "--query-gpu=utilization.gpu",
+            "--format=csv,noheader,nounits",
+            "-lms",
+            "200",
+        ]
+        found = _gpu() and shutil.which(command[0])
+        self._process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True) if found else None
+        self.percent: float | None = None
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self._process:
+            self._process.terminate()
+            lines = [float(line) for line in self._process.communicate()[0].split() if line.isdigit()]
+            self.percent = sum(lines) / len(lines) if lines else None
+
+
+TIMED = {
+    "torch": torch,
+    "axis": axis,
+    "thread": thread,
+    "ours": ours,
+    "loop": loop,
+    "matmul": matmul,
+    "learner": learner,
+}
 
 
 def serve(connection: Connection, kind: str, settings: Settings) -> None:
@@ -242,15 +339,24 @@ def serve(connection: Connection, kind: str, settings: Settings) -> None:
             seconds = connection.recv()
         except EOFError:  # the parent was killed
             return
-        begin, done, waited = time.perf_counter(), 0, timed.read.seconds if timed.read else 0.0
-        while not done or time.perf_counter() - begin < seconds:
-            timed.call()
-            done += timed.iterations
-        spent = time.perf_counter() - begin
+        waited = timed.read.seconds if timed.read else 0.0
+        with Busy() as busy:
+            begin, done = time.perf_counter(), 0
+            while not done or time.perf_counter() - begin < seconds:
+                timed.call()
+                done += timed.iterations
+            spent = time.perf_counter() - begin
+        held = tf.config.experimental.get_memory_info("GPU:0")["peak"] if _gpu() else None
         answer = {"rate": done / spent, "peak_bytes": peak_memory()}
+        answer["gpu"] = {"peak_bytes": held, "busy": busy.percent}
         if timed.read:
             answer["waited"] = (timed.read.seconds - waited) / spent
         connection.send(answer)
+
+
+def network_of(settings: Settings) -> keras.Model:
+    """The network of a workload."""
+    return build.build_network(settings, settings.input_shape)
 
 
 def _begin(settings: Settings, dtype: str = "float32") -> tuple[keras.Model, Episode]:

@@ -10,10 +10,15 @@ three times how far the original's own float32 was from it, or 1e-4 where the ca
 Many-step cases amplify rounding, so this is done without oneDNN, whose convolutions round more
 (set TF_ENABLE_ONEDNN_OPTS=1 to see them). Logits and accuracies are recorded in float32 only.
 
+`--vectorize` computes all tasks of a meta-batch at once, the original's cases compiled with XLA;
+`--no-vectorize` one by one. A GPU computes without TF32 here, and no case is of mixed precision: both round
+more than allowed.
+
 DIR may hold `learners/` too, runs of other learners' programs: see `tests.parity_learners`.
 """
 
 import argparse
+import dataclasses
 import json
 import os
 import pathlib
@@ -29,6 +34,7 @@ os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 with runner.silent_start():
     import tensorflow as tf
 
+    tf.config.experimental.enable_tensor_float_32_execution(False)  # a GPU's products of 10 bits
     tf.get_logger().setLevel("ERROR")  # every case is a network of its own, of which TensorFlow would warn
 
 from maml.episodes import Episode
@@ -87,9 +93,9 @@ def episodes_of(arrays: dict, batch: str, settings: Settings, dtype: str) -> Epi
     return Episode(inputs("a"), targets("a"), inputs("b"), targets("b"))
 
 
-def compute(case: dict, arrays: dict, dtype: str) -> dict[str, np.ndarray]:
+def compute(case: dict, arrays: dict, dtype: str, vectorize: bool | None = None) -> dict[str, np.ndarray]:
     """Everything the fixtures record of a case, computed by our code, under the fixtures' names."""
-    settings = settings_of(case["flags"])
+    settings = dataclasses.replace(settings_of(case["flags"]), vectorize=vectorize)
     batches = [episodes_of(arrays, batch, settings, dtype) for batch in BATCHES]
     network = build_network(settings, batches[0].support_x.shape[2:], dtype)
     names = original_names(network)
@@ -227,14 +233,14 @@ def _weights(case: dict, arrays: dict, truth: dict, found: dict, limits: Limits)
             yield Deviation(kind, distance, limits.of(given))
 
 
-def check_case(folder: pathlib.Path, name: str) -> tuple[bool, str]:
+def check_case(folder: pathlib.Path, name: str, vectorize: bool | None = None) -> tuple[bool, str]:
     """Runs one case; returns whether it passed, and its line of the report."""
     case = json.loads((folder / "float32" / f"{name}.json").read_text())
     arrays = dict(np.load(folder / "float32" / f"{name}.npz"))
     truth = dict(np.load(folder / "float64" / f"{name}.npz"))
     parts, passed = [], True
     for dtype in ("float64", "float32"):
-        found = compute(case, arrays, dtype)
+        found = compute(case, arrays, dtype, *([] if vectorize is None else [vectorize]))
         worst: dict[str, Deviation] = {}
         for deviation in compare(case, arrays, truth, found, dtype):
             passed &= deviation.passed
@@ -256,6 +262,9 @@ def main(arguments: list[str] | None = None) -> int:
         "folder", type=pathlib.Path, metavar="DIR", help="holds float32/ and float64/ or learners/"
     )
     parser.add_argument("--case", nargs="+", metavar="NAME", help="only these (default: all)")
+    parser.add_argument(
+        "--vectorize", action=argparse.BooleanOptionalAction, help="all tasks at once (default: as trained)"
+    )
     options = parser.parse_args(arguments)
     learners = options.folder / "learners"
     own = parity_learners.known(learners)
@@ -270,7 +279,9 @@ def main(arguments: list[str] | None = None) -> int:
     for name in cases:
         known = name in own
         passed, line = (
-            parity_learners.check_case(learners, name) if known else check_case(options.folder, name)
+            parity_learners.check_case(learners, name, options.vectorize)
+            if known
+            else check_case(options.folder, name, options.vectorize)
         )
         failed += not passed
         print(line, flush=True)

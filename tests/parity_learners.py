@@ -34,8 +34,9 @@ def errors(folder: pathlib.Path, name: str) -> dict[str, float]:
     return checks[prefix](parity_cases.Case.load(folder / f"{name}.json"))
 
 
-def check_case(folder: pathlib.Path, name: str) -> tuple[bool, str]:
+def check_case(folder: pathlib.Path, name: str, vectorize: bool | None = None) -> tuple[bool, str]:
     """Runs one case; returns whether it passed, and its line of the report."""
+    parity_cases.TASK_MAP.vectorize = bool(vectorize)
     found = errors(folder, name)
     passed = bool(found) and all(error <= TOLERANCE for error in found.values())  # NaN does not pass
     cells = (

@@ -170,6 +170,7 @@ def test_runs_lie_in_the_current_folder_and_can_be_named_from_any_other(tmp_path
     assert f"run folder   runs/{run.name}" in lines
     legend = next(i for i, line in enumerate(lines) if line.startswith("progress     loss per example, "))
     assert lines[legend + 1] == "compiling …"
+    assert re.fullmatch(r"compiled in \d+ s", lines[legend + 2])
     assert f"--logdir={tmp_path / 'runs'}" in (run / "flags").read_text().splitlines()
 
 

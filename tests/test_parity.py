@@ -122,6 +122,19 @@ def test_a_corrupted_reference_is_found_out_and_named(label, reports):
     assert CORRUPTIONS[label][-1] in blamed, report
 
 
+@pytest.mark.long
+def test_all_tasks_at_once_agree_with_the_original():
+    cases = (
+        OMNIGLOT,
+        "omniglot_5way1shot_1step_layernorm",
+        "anil_3way2shot_28x28x1",
+        "relation_omniglot_5w1s",
+    )
+    done = run_python("-m", "tests.parity", str(FIXTURES), "--vectorize", "--case", *cases)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert [line.split()[0] for line in done.stdout.splitlines()[:-1]] == ["ok"] * len(cases)
+
+
 def test_an_unknown_case_exits_2_and_says_which_there_are():
     result = forked.run("-m", "tests.parity", str(FIXTURES), "--case", "no_such_case", expect=2)
     assert "no case no_such_case" in result.stderr

@@ -17,7 +17,7 @@ from maml.networks.checks import is_batched
 from maml.networks.stateless import tensors_of
 from maml.tables import LEARNERS, load
 from maml.training.adam import Adam
-from maml.training.task_map import TaskMap
+from maml.training.task_map import TaskMap, sees_gpu
 
 META_LR = 1e-3  # β, the paper's
 # Keyword arguments of `Algorithm` that the library gives itself.
@@ -167,7 +167,7 @@ class Assembly:
     def tasks(self, model: keras.Model) -> TaskMap:
         """How tasks are laid onto the machine."""
         mapping = dict(self.mapping)
-        if mapping["vectorize"] is None and not is_batched(model):
+        if mapping["vectorize"] is None and not is_batched(model, as_axis=sees_gpu()):
             mapping["vectorize"] = False
         return TaskMap.choose(model, **mapping)
 

@@ -1,5 +1,6 @@
 """Checks of a Keras model, and the layers that are known to be right."""
 
+import math
 from collections.abc import Callable
 
 import keras
@@ -17,6 +18,10 @@ OURS = {
     kind for kind in vars(ours).values() if isinstance(kind, type) and issubclass(kind, keras.layers.Layer)
 } | {StepBatchNorm}
 BATCHED |= OURS - {ours.MaxPool}
+# Layers beside these that are tested with all tasks at once, in the forms of `maml.networks.task_axis`.
+_AS_AXIS = "Conv2D MaxPooling2D AveragePooling2D GlobalAveragePooling2D ZeroPadding2D LeakyReLU"
+AS_AXIS = BATCHED | {ours.MaxPool} | {getattr(keras.layers, name) for name in _AS_AXIS.split()}
+MAX_PLACES = 25  # in a kernel: the patches of a map hold every pixel so often
 # Layers whose meta-gradient was compared with finite differences.
 _PROVEN = (
     "Conv1D Conv2D DepthwiseConv2D SeparableConv2D Conv2DTranspose MaxPooling1D MaxPooling2D "
@@ -118,11 +123,16 @@ def _objection(layer: keras.layers.Layer, second_order: bool) -> str | None:
     return None
 
 
-def is_batched(layer: keras.layers.Layer) -> bool:
-    """Whether a model is made of BATCHED alone: not of operations, nor of a custom class."""
+def is_batched(layer: keras.layers.Layer, as_axis: bool = False) -> bool:
+    """Whether a model is made of BATCHED alone: not of operations, nor of a custom class.
+
+    With `as_axis`, of AS_AXIS alone, no kernel of it having more than MAX_PLACES.
+    """
     if is_graph(layer):
-        return all(map(is_batched, getattr(layer, "operations", layer.layers)))
-    return type(layer) in BATCHED
+        return all(is_batched(part, as_axis) for part in getattr(layer, "operations", layer.layers))
+    if not as_axis:
+        return type(layer) in BATCHED
+    return type(layer) in AS_AXIS and math.prod(getattr(layer, "kernel_size", ())) <= MAX_PLACES
 
 
 def is_proven(layer: keras.layers.Layer) -> bool:

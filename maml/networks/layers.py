@@ -13,6 +13,7 @@ import keras
 import tensorflow as tf
 
 from maml.networks.standardise import _mean, standardise
+from maml.networks.task_axis import is_axis, max_pool
 
 _BY_BATCH = contextvars.ContextVar("batch_statistics", default=False)
 
@@ -244,6 +245,8 @@ class MaxPool(keras.layers.Layer):
         if self.padding == "same":
             odd = [[0, size % 2] for size in x.shape[1:3]]
             x = tf.pad(x, [[0, 0], *odd, [0, 0]], constant_values=x.dtype.min)
+        if is_axis():
+            return max_pool(x, (2, 2), (2, 2), "valid")
         window = dict(ksize=(1, 2, 2, 1), strides=(1, 2, 2, 1), padding="VALID")
 
         @tf.custom_gradient

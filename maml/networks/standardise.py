@@ -2,8 +2,11 @@
 
 import functools
 import math
+from collections.abc import Callable
 
 import tensorflow as tf
+
+from maml.networks.task_axis import is_axis
 
 
 def standardise(x: tf.Tensor, axis: int, epsilon: float) -> tf.Tensor:
@@ -14,8 +17,7 @@ def standardise(x: tf.Tensor, axis: int, epsilon: float) -> tf.Tensor:
     closed forms, in terms of the outputs so that differentiating them again comes back to these same
     rules. They take fewer passes over x than differentiating the definition does.
     """
-    large = (x.shape.num_elements() or 0) >= LARGE_MAP
-    forward, gradient, second = _COMPILED if large else (_forward, _gradient, _second_gradient)
+    forward, gradient, second = _rules(x)
     outputs: list[tf.Tensor] = []
 
     @tf.custom_gradient
@@ -29,6 +31,14 @@ def standardise(x: tf.Tensor, axis: int, epsilon: float) -> tf.Tensor:
 
     outputs.extend(standardised_and_scale(x))
     return outputs[0]
+
+
+def _rules(x: tf.Tensor) -> tuple[Callable, ...]:
+    """The three rules in the form that suits x: compiled where it is large, or for all tasks at once."""
+    if is_axis() and x.shape.num_elements():
+        return _IN_BLOCKS  # which XLA fuses with what is around them; a product would take a pass of its own
+    large = (x.shape.num_elements() or 0) >= LARGE_MAP
+    return _COMPILED if large else (_forward, _gradient, _second_gradient)
 
 
 def _mean(x: tf.Tensor, axis: int) -> tf.Tensor:
@@ -78,8 +88,8 @@ def _second_gradient(later, dy, along_y, y, scale, axis, mean=_mean):
     return in_dy, -tf.square(scale) * later_along_y, in_x
 
 
-_COMPILED = tuple(
-    tf.function(functools.partial(rule, mean=_mean_in_blocks), jit_compile=True)
-    for rule in (_forward, _gradient, _second_gradient)
+_IN_BLOCKS = tuple(
+    functools.partial(rule, mean=_mean_in_blocks) for rule in (_forward, _gradient, _second_gradient)
 )
+_COMPILED = tuple(tf.function(rule, jit_compile=True) for rule in _IN_BLOCKS)
 LARGE_MAP = 1 << 18

@@ -9,6 +9,7 @@ import tensorflow as tf
 
 from maml.errors import UserError
 from maml.networks.layers import batch_statistics
+from maml.networks.task_axis import Exchanged
 
 Weights = list[tf.Tensor]
 
@@ -25,6 +26,7 @@ class Stateless:
         layers = network._flatten_layers()  # also those inside other layers, which `layers` lacks
         self._seeds = [v for v in network.non_trainable_variables if v.name == "seed_generator_state"]
         self._recurrent = [layer for layer in layers if hasattr(layer, "use_cudnn")]
+        self._exchanged = Exchanged(network)
         # Variables that a call may change: noise, and what maml's own layers keep of a batch.
         self._kept = {id(seed) for seed in self._seeds}
         for layer in network._flatten_layers():
@@ -99,7 +101,11 @@ class Stateless:
             *zip(network.trainable_variables, weights, strict=True),
             *zip(network.non_trainable_variables, state, strict=True),
         ]
-        with keras.StatelessScope(state_mapping=given, collect_losses=True) as scope, self._without_cudnn():
+        with (
+            keras.StatelessScope(state_mapping=given, collect_losses=True) as scope,
+            self._without_cudnn(),
+            self._exchanged.where_asked(),
+        ):
             before = dict(scope.state_mapping)
             # The network itself, not its `call`, which may have no argument `training`.
             outputs = network(x, training=training)

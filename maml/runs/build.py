@@ -85,7 +85,7 @@ def build_training(
     algorithm = kind(network, kind.loss_function(settings), **common, **options)
     tasks = TaskMap.choose(
         network,
-        None,
+        settings.vectorize,
         settings.jit_compile,
         tasks_per_chunk=settings.tasks_per_chunk,
         strategy=strategy,

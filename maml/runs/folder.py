@@ -29,7 +29,7 @@ from maml.training.loop import METATRAIN, PRETRAIN, Phase
 FREE_FLAGS = {
     "metatrain_iterations", "log", "logdir", "run_name", "resume", "train", "test_set", "test_num_query",
     "test_num_updates", "num_test_tasks", "test_ensemble", "transductive", "data_dir", "save_interval",
-    "tasks_per_chunk", "jit_compile", "deterministic", "keep", "on_nan",
+    "tasks_per_chunk", "vectorize", "jit_compile", "deterministic", "keep", "on_nan",
 }  # fmt: skip
 KEYS = {PRETRAIN: "pretrain_optimizer", METATRAIN: "meta_optimizer"}  # in checkpoints: never to change
 PNG_SIZE_AT = 16  # where a PNG file has its width and height

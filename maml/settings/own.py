@@ -8,6 +8,8 @@ from maml.errors import UserError
 from maml.process import silent_start
 
 if TYPE_CHECKING:
+    from absl.flags import FlagValues
+
     from maml.settings.settings import Settings
 
 DEFAULT_LEARNER = "maml"
@@ -73,3 +75,15 @@ def flags_of(learner: str) -> Sequence[Flag]:
             f"{kind!r:.100}. Check the name."
         )
     return kind.flags
+
+
+def own_values(values: "FlagValues", learner: str, datasource: str) -> tuple[dict, dict]:
+    """The flags of the learner's own, and those of them that its paper gives for the data set."""
+    own, paper = {}, {}
+    for flag in flags_of(learner):
+        # Flags of the program that were not parsed by `read` have none of a learner's.
+        known = flag.name in values
+        own[flag.name] = values[flag.name].value if known else flag.default
+        if not (known and values[flag.name].present) and datasource in flag.paper:
+            own[flag.name] = paper[flag.name] = flag.paper[datasource]
+    return own, paper

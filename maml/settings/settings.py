@@ -28,7 +28,7 @@ from maml.settings.flags import (
     option,
     read,
 )
-from maml.settings.own import DEFAULT_LEARNER, changed, flags_of
+from maml.settings.own import DEFAULT_LEARNER, changed, own_values
 from maml.settings.run_name import NORMS, made_name
 from maml.settings.run_name import RANDOM as RANDOM
 
@@ -191,11 +191,18 @@ class Settings:
         "meta-batch.",
         1,
     )
+    vectorize: bool | None = option(
+        MACHINE,
+        None,
+        "compute all tasks of a meta-batch at once, not one by one [chosen]\n\n"
+        "Chosen: for networks without convolutions, and for all on a GPU. On a CPU a task per thread is "
+        "faster with convolutions.",
+    )
     jit_compile: bool | None = option(
         MACHINE,
         None,
         "compile the training with XLA: faster, slow to start [chosen]\n\n"
-        "Chosen: only for networks without convolutions.",
+        "Chosen: where all tasks are computed at once.",
     )
     mixed_precision: bool = option(
         MACHINE,
@@ -323,7 +330,7 @@ def resolve(values: flags.FlagValues = FLAGS) -> tuple[Settings, dict[str, objec
 
     shot = given["update_batch_size"]
     train_shot = given["train_update_batch_size"] if given["train_update_batch_size"] > 0 else shot
-    own, from_paper = _own(values, given["learner"], given["datasource"])
+    own, from_paper = own_values(values, given["learner"], given["datasource"])
     paper = _paper(given, data, train_shot)
     usual = {name: values[name].default for name in given} | paper
     if step_flags := tables.learner(given["learner"]).step_flags:
@@ -365,18 +372,6 @@ def _paper(given: dict, data: tables.Dataset, shot: int) -> dict[str, object]:
     if (given["network"] or otherwise) != data.network:
         paper |= {name: value for name, value in UNREAD.items() if name in paper}
     return paper
-
-
-def _own(values: flags.FlagValues, learner: str, datasource: str) -> tuple[dict, dict]:
-    """The flags of the learner's own, and those of them that its paper gives for the data set."""
-    own, paper = {}, {}
-    for flag in flags_of(learner):
-        # Flags of the program that were not parsed by `read` have none of a learner's.
-        known = flag.name in values
-        own[flag.name] = values[flag.name].value if known else flag.default
-        if not (known and values[flag.name].present) and datasource in flag.paper:
-            own[flag.name] = paper[flag.name] = flag.paper[datasource]
-    return own, paper
 
 
 def as_flagfile(settings: Settings) -> str:

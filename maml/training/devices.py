@@ -90,11 +90,13 @@ def use(settings: Settings) -> Machine:
         tasks = max(1, settings.meta_batch_size // workers)
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         at_once = min(cores, tasks, settings.tasks_per_chunk or cores)
-        # A task per thread; but the large products of a batched network on images divide themselves.
-        large = settings.classification and not settings.conv
+        # A task per thread; but the large products of all tasks at once on images divide themselves.
+        batched = not settings.conv if settings.vectorize is None else settings.vectorize
+        large = settings.classification and batched
         tf.config.threading.set_inter_op_parallelism_threads(at_once)
         tf.config.threading.set_intra_op_parallelism_threads(cores if large else max(1, cores // at_once))
         description = f"CPU, {cores} core{'s' * (cores > 1)}"
+    description += _precision(settings, gpus)
     if settings.deterministic:
         tf.config.experimental.enable_op_determinism()
     if not settings.train:
@@ -104,6 +106,17 @@ def use(settings: Settings) -> Machine:
         strategy = tf.distribute.MultiWorkerMirroredStrategy()
         return Machine(description, strategy, workers, chief=index == 0)
     return Machine(description, tf.distribute.MirroredStrategy() if len(gpus) > 1 else None)
+
+
+def _precision(settings: Settings, gpus: list) -> str:
+    """The type that products are computed in, in words, where it is other than the weights'."""
+    if settings.mixed_precision:
+        return ", hidden layers in bfloat16"
+    on = tf.config.experimental.tensor_float_32_execution_enabled()
+    rounded = on and os.environ.get("NVIDIA_TF32_OVERRIDE") != "0"
+    details = [tf.config.experimental.get_device_details(gpu) for gpu in gpus]
+    able = any(found.get("compute_capability", (0, 0)) >= (8, 0) for found in details)
+    return ", products in TF32" if rounded and able else ""
 
 
 def _workers(text: str) -> tuple[int, int]:

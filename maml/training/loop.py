@@ -10,10 +10,12 @@ import tensorflow as tf
 
 from maml.episodes import Episode, EpisodeSource, EpisodeSpec
 from maml.training.outer_loop import OuterLoop
+from maml.training.task_map import has_matrices_alone, sees_gpu
 
 PRETRAIN, METATRAIN = "pretrain", "metatrain"  # the phases of a run
 BATCHED_BLOCK = 100  # iterations per call where an iteration is too short to be worth one
 BLOCK_BYTES = 64 << 20  # of the episodes of a call, several of which are held: stacked, copied, prefetched
+GPU_BLOCK = 10  # the same of images on a GPU, which must hold them
 
 
 class Phase(NamedTuple):
@@ -26,7 +28,11 @@ class Phase(NamedTuple):
     @property
     def block_length(self) -> int:
         """Iterations of one call."""
-        return BATCHED_BLOCK if self.outer.tasks.vectorize else 1
+        if not self.outer.tasks.vectorize:
+            return 1
+        if has_matrices_alone(self.outer.algorithm.network):
+            return BATCHED_BLOCK
+        return GPU_BLOCK if sees_gpu() else 1
 
 
 class Update(NamedTuple):

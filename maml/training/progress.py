@@ -86,6 +86,7 @@ class Progress:
         self._rate_from = begin
         # When the first call was over, which compiles, and where.
         self._steady: tuple[float, int] | None = None
+        self._compiling_since: float | None = None
         if begin < total:
             self._compiling()
 
@@ -94,6 +95,10 @@ class Progress:
         count, self._done = update.iteration - self._done, update.iteration
         self._last = now = time.monotonic()
         self._shown.add(update.measures, self._per_example.get(update.phase.name, MEANS))
+        if self._compiling_since is not None:
+            if self._bar.disable:
+                print(f"compiled in {now - self._compiling_since:.0f} s", flush=True)
+            self._compiling_since = None
         if self._steady is None:
             self._steady = now, self._done
             self._bar.unpause()
@@ -119,6 +124,7 @@ class Progress:
         self._last_line = now
 
     def _compiling(self) -> None:
+        self._compiling_since = time.monotonic()
         if self._bar.disable:
             print(COMPILING, flush=True)
         else:

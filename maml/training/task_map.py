@@ -8,8 +8,20 @@ import keras
 import tensorflow as tf
 
 from maml.episodes import Episode
+from maml.networks.checks import is_batched
+from maml.networks.task_axis import as_axis, check_forms
 
 Results = Any  # a nested structure of tensors, the same for every task
+
+
+def sees_gpu() -> bool:
+    """Whether TensorFlow has a GPU to compute on."""
+    return bool(tf.config.list_physical_devices("GPU"))
+
+
+def has_matrices_alone(network: keras.Model) -> bool:
+    """Whether all weights are matrices and vectors: no kernels of convolutions."""
+    return all(len(variable.shape) <= 2 for variable in network.trainable_variables)
 
 
 @dataclasses.dataclass
@@ -33,11 +45,18 @@ class TaskMap:
     def choose(cls, network: keras.Model, vectorize: bool | None, jit_compile: bool | None, **rest) -> Self:
         """The map as given and, where that is None, as measured to be fastest.
 
-        `tf.vectorized_map` has no convolution with a kernel per task: networks that have one run task by
-        task and uncompiled, since XLA would not keep each core on a task of its own.
+        Networks of matrices alone are batched and compiled. With convolutions tasks are batched where there
+        is a GPU and every layer has a form for it (see `maml.networks.task_axis`), for a loop over tasks
+        would launch as many small kernels; on a CPU each task has a thread, uncompiled, since XLA would not
+        keep each core on a task of its own.
+
+        Raises:
+            UserError: where tasks are asked to be batched and a layer has no form for it.
         """
         if vectorize is None:
-            vectorize = all(len(variable.shape) <= 2 for variable in network.trainable_variables)
+            vectorize = has_matrices_alone(network) or (sees_gpu() and is_batched(network, as_axis=True))
+        if vectorize:
+            check_forms(network)
         return cls(vectorize, vectorize if jit_compile is None else jit_compile, **rest)
 
     def compiled(self, block: Callable) -> Callable:
@@ -95,7 +114,8 @@ class TaskMap:
     def each(self, one_task: Callable, episodes: Episode, like: Results) -> Results:
         """The results of every task, with a leading axis of tasks."""
         if self.vectorize:
-            return tf.vectorized_map(one_task, episodes)
+            with as_axis():
+                return tf.vectorized_map(one_task, episodes)
         # With one thread per operation (see `maml.training.devices`) a task per thread is nearly twice as
         # fast on two cores as one task over both.
         try:

@@ -10,6 +10,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from maml.training.task_map import TaskMap
+
+TASK_MAP = TaskMap(vectorize=False, jit_compile=False)  # of all cases; `tests.parity` may change it
+
 
 class Case(NamedTuple):
     """A run of an original: {name: array} with the prefixes taken off.

@@ -17,10 +17,8 @@ from maml.networks.conv4 import conv4
 from maml.networks.mlp import mlp
 from maml.training.adam import TorchAdam
 from maml.training.outer_loop import OuterLoop
-from maml.training.task_map import TaskMap
-from tests.parity_cases import Case, Errors
+from tests.parity_cases import TASK_MAP, Case, Errors
 
-ONE_BY_ONE = TaskMap(vectorize=False, jit_compile=False)
 BATCHES = ("b0", "b1", "b2")
 
 
@@ -153,7 +151,7 @@ def learn2learn(run: Case, make: Callable[[keras.Model], Maml]) -> Errors:
         def rename(name: str) -> str:
             return name.replace("alpha/", "lr/").replace("head/", "dense3/")
 
-    outer = OuterLoop(algorithm, TorchAdam(settings["meta_lr"]), ONE_BY_ONE)
+    outer = OuterLoop(algorithm, TorchAdam(settings["meta_lr"]), TASK_MAP)
     names = assign(algorithm, run, rename)
     compare_inner(algorithm, names, run, errors)
     compare_outer(outer, names, run, errors, blocks(run))

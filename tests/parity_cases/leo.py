@@ -10,8 +10,8 @@ from maml.learners.leo import Leo
 from maml.networks.leo import leo as networks
 from maml.training.adam import ExactAdam
 from maml.training.outer_loop import OuterLoop
-from tests.parity_cases import Case, Errors
-from tests.parity_cases.gradient import BATCHES, ONE_BY_ONE, assign, compare_weights
+from tests.parity_cases import TASK_MAP, Case, Errors
+from tests.parity_cases.gradient import BATCHES, assign, compare_weights
 
 
 class Fed(Leo):
@@ -114,7 +114,7 @@ def compare_task(algorithm: Fed, run: Case, errors: Errors, mode: str) -> None:
 def leo(run: Case) -> Errors:
     """Codes, weights, losses, penalties, the meta-gradient raw and clipped, θ after outer updates."""
     errors, algorithm = Errors(), build(run)
-    outer = OuterLoop(algorithm, ExactAdam(run.settings["outer_lr"]), ONE_BY_ONE)
+    outer = OuterLoop(algorithm, ExactAdam(run.settings["outer_lr"]), TASK_MAP)
     names = assign(algorithm, run)
     for mode in ("train", "test"):
         compare_task(algorithm, run, errors, mode)

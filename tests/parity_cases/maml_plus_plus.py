@@ -10,9 +10,8 @@ from maml.networks.conv4 import conv4
 from maml.networks.step_batch_norm import StepBatchNorm
 from maml.training.adam import TorchAdam
 from maml.training.outer_loop import OuterLoop
-from tests.parity_cases import Case, Errors
+from tests.parity_cases import TASK_MAP, Case, Errors
 from tests.parity_cases.gradient import (
-    ONE_BY_ONE,
     assign,
     blocks,
     compare_inner,
@@ -83,7 +82,7 @@ def build(run: Case) -> tuple[OuterLoop, list[str]]:
         name = their_name(variable.path.removeprefix(f"{network.name}/"))
         if name in run.initial:
             variable.assign(run.initial[name])
-    return OuterLoop(algorithm, TorchAdam(schedule), ONE_BY_ONE), assign(algorithm, run)
+    return OuterLoop(algorithm, TorchAdam(schedule), TASK_MAP), assign(algorithm, run)
 
 
 def maml_plus_plus(run: Case) -> Errors:

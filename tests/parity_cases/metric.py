@@ -20,8 +20,7 @@ from maml.networks.lstm import LstmWeights
 from maml.training.adam import TorchAdam
 from maml.training.layerwise import LayerwiseSGD
 from maml.training.outer_loop import OuterLoop
-from maml.training.task_map import TaskMap
-from tests.parity_cases import Case, relative
+from tests.parity_cases import TASK_MAP, Case, relative
 
 Errors = dict[str, float]
 Variables = dict[str, keras.Variable]
@@ -131,7 +130,7 @@ def trained(
     measured: Sequence[str] = ("query_loss",),
 ) -> tuple[OuterLoop, Errors]:
     """Errors of the weights after 1 and 3 updates by the outer loop, and of the losses before each."""
-    outer = OuterLoop(algorithm, optimizer, TaskMap(vectorize=False, jit_compile=False))
+    outer = OuterLoop(algorithm, optimizer, TASK_MAP)
     errors, found = {}, []
     for number in (1, 2, 3):  # not compiled: that takes longer than three steps
         measures = outer.meta_step(batched(episode))
@@ -142,7 +141,7 @@ def trained(
 
 def raw_gradient(algorithm: Algorithm, episode: Episode) -> list[tf.Tensor]:
     """The gradient as the outer loop finds it, unclipped."""
-    outer = OuterLoop(algorithm, keras.optimizers.SGD(), TaskMap(vectorize=False, jit_compile=False))
+    outer = OuterLoop(algorithm, keras.optimizers.SGD(), TASK_MAP)
     return outer.gradient(batched(episode)).gradient
 
 

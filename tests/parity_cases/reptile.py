@@ -12,8 +12,8 @@ from maml.learners.losses import summed_cross_entropy
 from maml.learners.reptile import Reptile
 from maml.networks.conv4 import conv4
 from maml.training.outer_loop import OuterLoop
-from tests.parity_cases import Case, Errors
-from tests.parity_cases.gradient import ONE_BY_ONE, assign, compare_weights
+from tests.parity_cases import TASK_MAP, Case, Errors
+from tests.parity_cases.gradient import assign, compare_weights
 
 
 class Fed(Reptile):
@@ -87,7 +87,7 @@ def reptile(run: Case) -> Errors:
     optimizer = algorithm.outer_optimizer(
         settings["meta_step"], settings["meta_step_final"], settings["meta_iters"]
     )
-    outer = OuterLoop(algorithm, optimizer, ONE_BY_ONE)
+    outer = OuterLoop(algorithm, optimizer, TASK_MAP)
     names = assign(algorithm, run)
     update = tf.function(algorithm.inner_update, autograph=False, reduce_retracing=True)
 

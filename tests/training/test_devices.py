@@ -121,11 +121,26 @@ def checkpoint(maml: Meta) -> tf.train.Checkpoint:
     )
 
 
-def on_two_devices(folder: str) -> None:
-    """Compares two devices with one; in a process of its own, for TensorFlow divides a device only once."""
+def two_devices() -> tf.distribute.Strategy:
+    """The processor as two devices; only possible once in a process, at its beginning."""
     halves = [tf.config.LogicalDeviceConfiguration()] * 2
     tf.config.set_logical_device_configuration(tf.config.list_physical_devices("CPU")[0], halves)
-    strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
+    return tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
+
+
+def all_tasks_at_once_on_two_devices(compiled: bool) -> None:
+    """Compares convolutions of all tasks of a part at once, on two devices, with task by task on one."""
+    strategy, batch, one = two_devices(), meta_batch(), learner("conv", inner_steps=1)
+    with strategy.scope():
+        two = learner("conv", inner_steps=1, strategy=strategy, vectorize=True, jit_compile=compiled)
+    on_two, on_one = (tf.function(maml.meta_gradient, autograph=False) for maml in (two, one))
+    assert_same(on_two(batch), on_one(batch), 1e-11)
+    print("all tasks at once: the same")
+
+
+def on_two_devices(folder: str) -> None:
+    """Compares two devices with one; in a process of its own, for TensorFlow divides a device only once."""
+    strategy = two_devices()
     batch = meta_batch()
     other = batch._replace(support_x=batch.query_x[:, :WAY], query_x=-batch.query_x)
     block = Episode(*[tf.stack(fields) for fields in zip(batch, other, strict=True)])
@@ -170,6 +185,12 @@ def ended(process: Program, expect: int = 0) -> tuple[str, str]:
 def test_two_devices_train_like_one_and_exchange_checkpoints(tmp_path):
     out, _ = ended(Program("-m", "tests.training.test_devices", str(tmp_path)))
     assert "mlp trains the same" in out and "checkpoints pass both ways" in out
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("form", ["axis", "axis_compiled"])
+def test_all_tasks_at_once_on_two_devices_are_as_task_by_task_on_one(form):
+    assert "at once: the same" in ended(Program("-m", "tests.training.test_devices", form))[0]
 
 
 def tf_config(index: int, ports: list[int]) -> str:
@@ -231,4 +252,7 @@ def test_devices_that_cannot_share_the_meta_batch_are_refused(config, message, t
 
 
 if __name__ == "__main__":
-    on_two_devices(sys.argv[1])
+    if sys.argv[1].startswith("axis"):
+        all_tasks_at_once_on_two_devices(compiled=sys.argv[1] == "axis_compiled")
+    else:
+        on_two_devices(sys.argv[1])

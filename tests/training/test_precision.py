@@ -96,3 +96,16 @@ def test_deterministic_asks_tensorflow_for_it(monkeypatch):
     assert not asked
     devices.use(parse(["--deterministic"]))
     assert asked
+
+
+def test_the_type_of_products_is_said_where_it_is_not_that_of_the_weights(monkeypatch):
+    plain, capability = parse([]), {"compute_capability": (9, 0)}
+    monkeypatch.setattr(tf.config.experimental, "get_device_details", lambda _: capability)
+    assert devices._precision(plain, []) == ""
+    assert devices._precision(plain, ["GPU"]) == ", products in TF32"
+    assert devices._precision(parse(["--mixed_precision"]), []) == ", hidden layers in bfloat16"
+    monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "0")
+    assert devices._precision(plain, ["GPU"]) == ""
+    monkeypatch.delenv("NVIDIA_TF32_OVERRIDE")
+    capability["compute_capability"] = (7, 5)
+    assert devices._precision(plain, ["GPU"]) == ""

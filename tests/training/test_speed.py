@@ -223,12 +223,28 @@ def test_the_command_measures_and_writes_what_it_promises(tmp_path):
         ("--json=/", "got --json=/ (Is a directory)"),
         ("--meta_batch_size=2", "the settings of a workload are fixed"),
         ("--against=world", "against"),
+        ("--device=tpu", "device"),
     ],
 )
 def test_mistakes_get_one_line_and_exit_code_2(argument, message):
     done = forked.run("-m", "benchmarks.speed", argument, expect=2)
     assert len(done.stderr.strip().splitlines()) == 1 and message in done.stderr
     assert done.stdout == ""
+
+
+def test_without_a_gpu_the_benchmark_of_one_says_so():
+    done = python("-m", "benchmarks.speed", "--device=gpu", expect=2)
+    (line,) = done.stderr.strip().splitlines()
+    assert "--device=gpu: expected a GPU that TensorFlow sees, got none." in line and done.stdout == ""
+
+
+def test_the_two_shapes_are_compared_in_a_table_to_paste():
+    arguments = ("--workload=sinusoid", "--order=1", "--rounds=1", "--seconds=0.1", "--device=cpu")
+    lines = python("-m", "benchmarks.speed", "--shapes", *arguments, timeout=600).stdout.splitlines()[1:-1]
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    assert len({len(row) for row in cells}) == 1
+    assert [row[2] for row in cells[2:]] == ["all tasks at once", "task by task"]
+    assert float(cells[2][4]) > 0 and float(cells[3][4]) == 1
 
 
 @pytest.mark.parametrize("workload", WORKLOADS)
