@@ -39,6 +39,8 @@ def settings_of(learner: str, workload: str) -> Settings:
     given = [f"--{flag.name}={own[flag.name]}" for flag in flags_of(learner) if flag.name in own]
     if "num_updates" not in tables.learner(learner).instead:
         given.append(f"--num_updates={base.num_updates}")
+    if learner == "siamese" and base.classification:  # whose own network takes larger images
+        given.append("--network=conv4")
     same = [f"--{name}={getattr(base, name)}" for name in SAME if getattr(base, name) is not None]
     return parse([*WORKLOADS[workload], f"--learner={learner}", *same, *given])
 
@@ -47,8 +49,9 @@ def fits(learner: str, settings: Settings) -> bool:
     """Whether the learner's network and loss go with the workload."""
     network = tables.network(settings.network)
     shape = settings.input_shape or ()
-    metric = not tables.learner(learner).steps
-    return (not network.axes or len(network.axes) == len(shape)) and (settings.classification or not metric)
+    of_classes = network.vectors or not tables.learner(learner).steps
+    fitting = not network.axes or len(network.axes) == len(shape)
+    return fitting and (settings.classification or not of_classes)
 
 
 def compared(learners: list[str], workload: str, rounds: int, seconds: float) -> list[dict]:

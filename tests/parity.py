@@ -68,7 +68,8 @@ class Deviation(NamedTuple):
 def settings_of(flag_values: dict) -> Settings:
     """The settings of a case: the flags it names, the original's defaults for the others."""
     values = {flag.name: flag.default for flag in of_settings(FLAGS)}
-    values["network"] = "mlp" if flag_values["datasource"] == "sinusoid" else "conv4"
+    convolutional = flag_values["datasource"] != "sinusoid" and flag_values.get("conv", True)
+    values["network"] = "conv4" if convolutional else "mlp"
     values |= {name: value for name, value in flag_values.items() if name in values}
     values["norm"] = str(values["norm"])
     values["num_query"] = values["test_num_query"] = values["update_batch_size"]

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from benchmarks import speed, speed_worker
+from benchmarks import learners, speed, speed_worker
 from benchmarks.plain_loop import PlainLoop
 from benchmarks.speed import WORKLOADS, workload_settings
 from benchmarks.speed_worker import agreement, matmul_flops, random_episodes
+from maml import tables
 from maml.networks.conv4 import conv4
 from maml.runs import build
 from maml.settings.settings import Settings
@@ -31,6 +32,9 @@ SMALL = {
     ),
     "mlp_sinusoid": dict(datasource="sinusoid", norm="None", num_query=5, num_updates=2, update_lr=0.1),
 }  # fmt: skip
+
+
+METRIC = {name for name, row in tables.LEARNERS.items() if not row.steps}
 
 
 def small(name: str, order: int = 2, tasks: int = 2) -> Settings:
@@ -283,3 +287,38 @@ def test_speed_of_a_call(benchmark, workload, order):
     losses = benchmark(timed.call)
     benchmark.extra_info["iterations"] = timed.iterations
     assert all(np.isfinite(loss) for loss in losses.values())
+
+
+# --- Learners against MAML --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", tables.LEARNERS)
+def test_learners_are_timed_on_the_workload_of_maml(name):
+    for workload, unfit in (("omniglot_5way_1shot", {"leo"}), ("sinusoid", {"leo", *METRIC})):
+        base, found = (learners.settings_of(each, workload) for each in ("maml", name))
+        assert learners.fits(name, found) == (name not in unfit)
+        for same in learners.SAME if name not in unfit else ():
+            assert getattr(found, same) == getattr(base, same), same
+        assert found.trained_steps in (0, base.num_updates)
+        assert build.train_spec(found)[1:] == build.train_spec(base)[1:]
+
+
+def test_a_learner_is_timed_with_the_input_it_waits_for(monkeypatch):
+    monkeypatch.setattr(speed_worker.devices, "use", lambda settings: None)
+    settings = learners.settings_of("semi_prototypical", "omniglot_5way_1shot")
+    settings = dataclasses.replace(settings, num_filters=2, img_size=16, meta_batch_size=2, num_classes=2)
+    settings.own["train_num_classes"] = 2
+    timed = speed_worker.learner(settings)
+    assert np.isfinite(timed.call()["query_loss"]) and 0 < timed.read.seconds < 60
+    row = {"learner": "relation", "ratio": 2.0, "peak_bytes": 1.5e9, "waited": {"median": 0.012}}
+    row |= {"episodes_per_second": {"median": 1234.5, "min": 1.0, "max": 2000.0}}
+    assert learners.table_row(row).split() == [
+        "relation",
+        "1,234.5",
+        "(1.0",
+        "…",
+        "2,000.0)",
+        "2.00",
+        "1.50",
+        "1.2%",
+    ]
