@@ -31,7 +31,7 @@ _CALLS = {"call": "to_apply", "while": "body", "fusion": "calls"}
 
 
 class Counts(NamedTuple):
-    """Of a program.
+    """Counts of a program.
 
     Fields:
         products: matrix products, batched or not.
@@ -136,7 +136,7 @@ def _operands(instruction: Instruction, own: Mapping[str, Instruction]) -> Itera
 
 
 def _flops(instruction: Instruction, own: Mapping[str, Instruction]) -> int:
-    """Of a product; 0 of anything else."""
+    """Arithmetic of a product; 0 of anything else."""
     product = instruction.kind == "dot" or (
         "matmul" in instruction.rest and instruction.kind == "custom-call"
     )

@@ -126,6 +126,11 @@ COMMANDS = {
     "maml reproduce --list": ((), 0, "omniglot_5way_1shot "),
     "maml reproduce NAME": (("--list",), 2, "expected cells (sinusoid_5shot"),
     "maml reproduce sinusoid_10shot omniglot_5way_1shot": (("--list",), 0, "sinusoid_10shot "),
+    "maml reproduce reptile": (("--list",), 0, "omniglot_5way_1shot_reptile "),
+    "maml reproduce omniglot_5way_1shot_reptile": (("--list",), 0, "omniglot_5way_1shot_reptile "),
+    "maml reproduce --list reptile": ((), 0, "omniglot_5way_1shot_reptile "),
+    "maml reproduce --list leo": ((), 0, "leo"),
+    "maml --adapt=head": (SHORT, 0, "testing iteration 2 on 2 tasks"),
     "maml --datasource=omniglot": NO_OMNIGLOT,
     "maml --datasource=omniglot --num_classes=5 --update_batch_size=1": READ,
     "maml --datasource=omniglot --update_batch_size=1 --metatrain_iterations=500 --test_num_updates=3 "
@@ -138,6 +143,9 @@ COMMANDS = {
         ("--run_name=RUN", "--logdir=.", *PHOTOGRAPHS), 0, "testing iteration 2 on 2 tasks",
     ),
     "maml --flagfile=RUN/flags": ((), 0, "testing iteration 2 on 2 tasks"),
+    "maml --train=False --test_ensemble=5 --flagfile=RUN/flags": (
+        (), 2, "--test_ensemble=5: expected as many validated checkpoints",
+    ),
     "maml protocol RUN --test_set": (
         ("--num_test_tasks=2", "--test_num_query=1", "--test_num_updates=1"),
         0,
@@ -173,7 +181,7 @@ def shown_commands() -> set[str]:
             for block in re.findall(r"^```bash\n(.*?)^```", text, re.M | re.S)
             for line in block.splitlines()
         ]
-        typed = [line.rpartition("&& ")[2] for line in typed]
+        typed = [line.partition(" #")[0].rpartition("&& ")[2] for line in typed]
         spans = [" ".join(span.split()) for span in re.findall(r"(?<!`)`(maml [^`|…]+)`", text)]
         said = [re.sub(r"[][]", "", command) for command in typed + spans]  # brackets: or without
         found |= {shlex.join(shlex.split(command)) for command in said if re.match(r"maml( |$)", command)}

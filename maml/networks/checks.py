@@ -10,6 +10,7 @@ from maml.errors import UserError
 from maml.networks import layers as ours
 from maml.networks.copies import copy_of, is_graph
 from maml.networks.step_batch_norm import StepBatchNorm
+from maml.networks.task_axis import is_without_form
 
 # Layers that are tested under `tf.vectorized_map` and XLA.
 _TESTED = "InputLayer Dense Flatten Activation ReLU Rescaling Dropout Embedding Add Concatenate"
@@ -132,6 +133,8 @@ def is_batched(layer: keras.layers.Layer, as_axis: bool = False) -> bool:
         return all(is_batched(part, as_axis) for part in getattr(layer, "operations", layer.layers))
     if not as_axis:
         return type(layer) in BATCHED
+    if is_without_form(layer):
+        return False
     return type(layer) in AS_AXIS and math.prod(getattr(layer, "kernel_size", ())) <= MAX_PLACES
 
 

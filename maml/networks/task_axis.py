@@ -222,13 +222,20 @@ def has_form(layer: keras.layers.Layer) -> bool:
     )
 
 
+def is_without_form(layer: keras.layers.Layer) -> bool:
+    """Whether a layer has kernels or windows, and no form here that is known to be exact."""
+    # With padding, Keras' pool and ours have different second derivatives; why is not known.
+    padded = isinstance(layer, _MAX_POOLS) and layer.padding == "same"
+    return padded or isinstance(layer, WITHOUT_FORM)
+
+
 def check_forms(network: keras.Model) -> None:
-    """Raises UserError for a layer with kernels that has no form here."""
+    """Raises UserError for a layer with kernels or windows that has no form here."""
     for layer in network._flatten_layers():
-        if isinstance(layer, WITHOUT_FORM):
+        if is_without_form(layer):
             raise UserError(
                 f"layer {layer.name!r}, {type(layer).__name__}, has no form that computes all tasks at once: "
-                "expected Conv2D or Conv3D. Use vectorize=False (--novectorize)."
+                "expected Conv2D, Conv3D or max-pooling without padding. Use vectorize=False (--novectorize)."
             )
 
 

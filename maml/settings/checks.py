@@ -40,7 +40,7 @@ def check_resolved(settings: "Settings") -> None:
             f"by itself. Leave out --notransductive."
         )
     name = settings.folder_name
-    if not re.fullmatch(r"[\w.-]+", name) or not name.strip("."):
+    if settings.run_name and (not re.fullmatch(r"[\w.-]+", name) or not name.strip(".")):
         raise UserError(
             f"expected a folder name of letters, digits, '_', '-' and '.', got "
             f"--run_name={settings.run_name}."

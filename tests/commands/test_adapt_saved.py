@@ -29,8 +29,8 @@ SMALL = (
     "--init_from=random",
     f"--img_size={SIDE}",
     "--num_filters=4",
-    "--update_lr=0.05",
 )
+RATE = "--update_lr=0.05"
 CLASSES = ("cat", "dog", "eel")
 
 
@@ -50,9 +50,9 @@ def moved(algorithm) -> None:
 
 
 KINDS = {
-    "maml": (("--learner=maml",), False),
+    "maml": (("--learner=maml", RATE), False),
     "meta_sgd": (("--learner=meta_sgd",), False),
-    "prototypes": (("--learner=maml",), True),
+    "prototypes": (("--learner=maml", RATE), True),
     "prototypical": (("--learner=prototypical",), False),
 }
 LOAD = """

@@ -164,7 +164,7 @@ NETWORKS: dict[str, Callable[[], keras.Model]] = {
     ),
     "own": lambda: images(
         double(Own, 4, 3, activation="gelu"),
-        double(L.MaxPooling2D, 3, 1, "same"),
+        double(L.MaxPooling2D, 3, 1),
         double(L.AveragePooling2D, 2),
         double(L.ZeroPadding2D, 1),
         double(L.Flatten),
@@ -231,6 +231,11 @@ def test_layers_are_as_before_after_the_trace():
 def test_a_layer_without_such_a_form_is_refused_by_name():
     network = keras.Sequential([keras.Input((5, 5, 2)), L.DepthwiseConv2D(2, name="deep"), L.Flatten()])
     with pytest.raises(UserError, match=r"layer 'deep', DepthwiseConv2D, has no form .*vectorize=False"):
+        TaskMap.choose(network, True, None)
+    network = keras.Sequential(
+        [keras.Input((5, 5, 2)), L.MaxPooling2D(3, 1, "same", name="padded"), L.Flatten()]
+    )
+    with pytest.raises(UserError, match="layer 'padded', MaxPooling2D, has no form"):
         TaskMap.choose(network, True, None)
 
 
