@@ -4,12 +4,9 @@ import dataclasses
 import itertools
 import math
 import os
-import pathlib
 import platform
-import resource
 import shutil
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
@@ -27,6 +24,7 @@ from maml.datasets.image_classes import ClassImages, ImageClasses
 from maml.datasets.unlabeled import WithUnlabeled
 from maml.episodes import Episode, EpisodeSource
 from maml.runs import build
+from maml.runs.results import peak_memory
 from maml.settings.settings import Settings
 from maml.training import devices
 from maml.training.loop import BATCHED_BLOCK, Waiting, stream
@@ -142,15 +140,6 @@ def optimized(outer: OuterLoop, episodes: Episode) -> str:
     """The same of an outer loop and its first meta-batch."""
     function = tf.function(outer.gradient, jit_compile=True, autograph=False)
     return function.experimental_get_compiler_ir(episodes)(stage="optimized_hlo")
-
-
-def peak_memory() -> int:
-    """The most memory this process has held so far, in bytes."""
-    status = pathlib.Path("/proc/self/status")
-    if status.is_file():  # getrusage's figure starts at what the parent held
-        (line,) = (line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-        return 1024 * int(line.split()[1])
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 class Timed(NamedTuple):

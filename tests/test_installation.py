@@ -164,6 +164,10 @@ COMMANDS = {
     "maml compare --learners=maml,fomaml,anil,meta_sgd --metatrain_iterations=5000": (
         ("--learners=maml",), 2, "expected --learners of two names or more",
     ),
+    "maml compare --learners=maml,fomaml,anil,boil,meta_sgd,maml_plus_plus,reptile --datasource=omniglot "
+    "--num_classes=5 --update_batch_size=1 --metatrain_iterations=1000 --save_interval=500 --test_set": (
+        ("--learners=maml",), 2, "expected --learners of two names or more",
+    ),
     "maml sweep --flagfile=flags/sweeps/classes.flags": (("--name=/",), 2, "got --name=/"),
     "maml sweep --grid='num_classes=2,3,5' --datasource=omniglot --update_batch_size=1": (
         ("--name=/",), 2, "got --name=/",

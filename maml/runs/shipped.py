@@ -118,7 +118,10 @@ def pack(
 
 def _result(entry: dict) -> dict:
     """An entry of `results.json` without its command, which names folders: what was measured, and how."""
-    found = entry["results"]["update"][entry["measure"]]
+    # As in the original's table the update before any step is of the support set, which says nothing of a
+    # learner that takes none.
+    steps = entry["protocol"]["inner_steps"]
+    found = entry["results"]["update" if steps else "query"][entry["measure"]]
     return {
         "protocol": entry["protocol"],
         "measure": entry["measure"],
