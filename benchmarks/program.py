@@ -16,10 +16,9 @@ import sys
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
-from benchmarks.speed import ORDERS, WORKLOADS, chosen, workload_settings
+from benchmarks.speed import CHOICE, chosen, workload_settings
 from maml.commands import runner
 from maml.commands.table import Command
-from maml.settings.own import Flag
 
 TENSOR_FLOPS, PLAIN_FLOPS, BYTES = 495e12, 67e12, 3.35e12  # of an H100, per second
 _LINE = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*)$")
@@ -183,10 +182,7 @@ COMMAND = Command(
     about="",
     usage=__doc__,
     work=_main,
-    flags=(
-        Flag("workload", ",".join(WORKLOADS), "some of these"),
-        Flag("order", ",".join(str(order) for order in ORDERS), "2: second derivatives; 1: first order"),
-    ),
+    flags=CHOICE,
 )
 
 if __name__ == "__main__":

@@ -323,13 +323,16 @@ def _main(_: list[str]) -> None:
     print(f"matrix products: {min(products):.0f} … {max(products):.0f} GFLOP/s")
 
 
+CHOICE = (
+    Flag("workload", ",".join(WORKLOADS), "some of these"),
+    Flag("order", ",".join(str(order) for order in ORDERS), "2: second derivatives; 1: first order"),
+)
 COMMAND = Command(
     about="",
     usage=__doc__,
     work=_main,
     flags=(
-        Flag("workload", ",".join(WORKLOADS), "some of these"),
-        Flag("order", ",".join(str(order) for order in ORDERS), "2: second derivatives; 1: first order"),
+        *CHOICE,
         Flag(
             "against",
             "loop",

@@ -113,8 +113,8 @@ def adapting(
         scale=scale,
         **kind.arguments(settings),
     )
-    own = [*learner.extra_variables, *learner.state_variables]
-    theirs = [*trained.extra_variables, *trained.state_variables]
+    own = learner.outside_variables
+    theirs = trained.outside_variables
     for variable, whole in zip(own, theirs, strict=True):  # the learned step sizes of the head, too
         variable.assign(whole[..., : variable.shape[-1]] if variable.shape.rank else whole)
     return learner

@@ -225,6 +225,11 @@ class Algorithm:
         return [*self.network.trainable_variables, *self.extra_variables]
 
     @property
+    def outside_variables(self) -> list[keras.Variable]:
+        """Those that are kept of the algorithm beside its network's: learned ones and state."""
+        return [*self.extra_variables, *self.state_variables]
+
+    @property
     def dtype(self) -> tf.DType:
         """The type of θ, losses and gradients."""
         return tf.as_dtype(self.network.trainable_variables[0].dtype)

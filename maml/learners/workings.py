@@ -74,9 +74,9 @@ class Workings:
         check_surroundings()
         if self._layers() == self._built_of:
             return
-        before = {v.path: v for v in [*self.algorithm.extra_variables, *self.algorithm.state_variables]}
+        before = {v.path: v for v in self.algorithm.outside_variables}
         self._build(self.outer.optimizer)
-        for variable in [*self.algorithm.extra_variables, *self.algorithm.state_variables]:
+        for variable in self.algorithm.outside_variables:
             if variable.path in before and before[variable.path].shape == variable.shape:
                 variable.assign(before[variable.path])
 

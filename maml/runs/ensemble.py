@@ -55,7 +55,7 @@ class Ensemble:
 
 def variables_of(algorithm: Algorithm) -> list[keras.Variable]:
     """All that a checkpoint holds of an algorithm."""
-    return [*algorithm.network.variables, *algorithm.extra_variables, *algorithm.state_variables]
+    return [*algorithm.network.variables, *algorithm.outside_variables]
 
 
 def restored(run: Run, algorithm: Algorithm, settings: Settings) -> Algorithm | Ensemble:

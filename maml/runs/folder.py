@@ -55,7 +55,7 @@ class Run:
         # Episodes are a function of (seed, iteration): these two are the whole random state.
         self._seed = tf.Variable(settings.seed, dtype=tf.int64, trainable=False)
         self._algorithm = algorithm = phases[-1].outer.algorithm
-        own = [*algorithm.extra_variables, *algorithm.state_variables]
+        own = algorithm.outside_variables
         self._checkpoint = tf.train.Checkpoint(
             network=algorithm.network,
             iteration=self.iteration,

@@ -77,8 +77,8 @@ def _learner(settings: Settings, *, from_run: bool) -> Learner:
         meta_lr=settings.meta_lr,
         **options,
     )
-    of_run = [*algorithm.extra_variables, *algorithm.state_variables]
-    own = [*learner.algorithm.extra_variables, *learner.algorithm.state_variables]
+    of_run = algorithm.outside_variables
+    own = learner.algorithm.outside_variables
     for variable, value in zip(own, of_run, strict=True):
         variable.assign(value)
     learner.iteration = iteration

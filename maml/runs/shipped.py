@@ -85,7 +85,7 @@ def pack(
             f"known: add it to DATA in maml/runs/shipped.py."
         )
     inside = {id(variable) for variable in algorithm.network.variables}
-    learned = [*algorithm.extra_variables, *algorithm.state_variables]
+    learned = algorithm.outside_variables
     if any(id(variable) not in inside for variable in learned):
         raise UserError(
             f"expected a learner whose weights are all in its network, got --learner={settings.learner}."

@@ -24,7 +24,7 @@ def test_the_toy_has_every_learner():
 
 def values_of(found: maml.Learner) -> list[np.ndarray]:
     algorithm = found.algorithm
-    own = [*algorithm.extra_variables, *algorithm.state_variables]
+    own = algorithm.outside_variables
     return [v.numpy() for v in [*found.model.variables, *own, *found.outer.optimizer.variables]]
 
 

@@ -124,7 +124,7 @@ def test_what_a_learner_adds_is_in_the_checkpoint(name, tmp_path):
         algorithm = phases[-1].outer.algorithm
         run = Run(settings, phases)
         run.begin(first_episode(load_data(settings), train_spec(settings), "train"))
-        return run, [*algorithm.extra_variables, *algorithm.state_variables]
+        return run, algorithm.outside_variables
 
     run, own = opened()
     rng = np.random.default_rng(0)

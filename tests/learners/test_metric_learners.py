@@ -215,12 +215,12 @@ def test_it_learns_and_all_it_has_learned_is_saved_and_restored(name, tmp_path):
     losses = trained(algorithm, batch, 3)
     assert losses[-1] < losses[0]
     # As a run's folder has it.
-    own = [*algorithm.extra_variables, *algorithm.state_variables]
+    own = algorithm.outside_variables
     saved = tf.train.Checkpoint(network=algorithm.network, learner=tf.train.Checkpoint(own=own))
     path = saved.write(str(tmp_path / "model"))
     fresh = learner(name)
     before = evaluated(fresh, batch)
-    own = [*fresh.extra_variables, *fresh.state_variables]
+    own = fresh.outside_variables
     there = tf.train.Checkpoint(network=fresh.network, learner=tf.train.Checkpoint(own=own))
     there.read(path).assert_consumed()
     after, expected = (evaluated(a, batch) for a in (fresh, algorithm))
