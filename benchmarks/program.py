@@ -3,22 +3,33 @@
 Every workload is compiled, not run, and counted in the optimized program: its kernels (products, fusions and
 whatever else passes over memory), the arithmetic of its products, and the bytes that its kernels read and
 write. Beside them the least that MAML needs: the products of `speed_worker.matmul_flops`, each of which
-reads its two factors once, as maps and not as patches, and writes its result once.
+reads its two factors once, as maps and not as patches, and writes its result once. GB held is what XLA plans
+to hold at once, weights and episodes included; `--tasks=4,16,64` counts meta-batches of other sizes.
 
 From these follow two limits on an H100 (SXM, dense: 495 TFLOP/s in TF32, 989 in bfloat16, 67 in float32;
 3.35 TB/s), of which the larger time counts. That is a prediction: the program is the one XLA makes for the
 processor at hand, which fuses otherwise than it does for a GPU, and small kernels reach neither limit.
 """
 
+import concurrent.futures
+import dataclasses
+import itertools
 import math
+import multiprocessing
+import os
+import pathlib
 import re
 import sys
+import tempfile
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 from benchmarks.speed import CHOICE, chosen, workload_settings
 from maml.commands import runner
 from maml.commands.table import Command
+from maml.errors import UserError
+from maml.settings.own import Flag
+from maml.settings.settings import FLAGS
 
 TENSOR_FLOPS, PLAIN_FLOPS, BYTES = 495e12, 67e12, 3.35e12  # of an H100, per second
 _LINE = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*)$")
@@ -147,42 +158,60 @@ def _flops(instruction: Instruction, own: Mapping[str, Instruction]) -> int:
     return 2 * math.prod(instruction.shapes[0][1]) * math.prod(left[axis] for axis in axes)
 
 
-def row(workload: str, order: int) -> str:
-    """The line of the table."""
-    with runner.silent_start():
-        from benchmarks import speed_worker
+def held(reports: pathlib.Path) -> int:
+    """Bytes that XLA plans to hold for the largest program of those it has reported on there."""
+    texts = [path.read_text(encoding="utf-8") for path in reports.glob("*-memory-usage-report.txt")]
+    return max(int(re.match(r"Total bytes used: (\d+)", text)[1]) for text in texts)
 
+
+def row(workload: str, order: int, tasks: int | None) -> str:
+    """The line of the table; `tasks` in a meta-batch, or the workload's own."""
     settings = workload_settings(workload, order)
-    found = counted(speed_worker.program(settings))
+    if tasks:
+        settings = dataclasses.replace(settings, meta_batch_size=tasks)
+    with tempfile.TemporaryDirectory() as reports:
+        # Which XLA reads once, when it starts: every program has a process of its own.
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_dump_to={reports}"
+        with runner.silent_start():
+            from benchmarks import speed_worker
+
+        found = counted(speed_worker.program(settings))
+        memory = held(pathlib.Path(reports))
     network = speed_worker.network_of(settings)
     flops, least = speed_worker.matmul_flops(network, settings), speed_worker.matmul_bytes(network, settings)
     times = found.flops / PLAIN_FLOPS, found.flops / TENSOR_FLOPS, found.bytes / BYTES
     return (
-        f"| {workload} | {order} | {found.products} + {found.fusions} + {found.others} "
+        f"| {workload} | {order} | {settings.meta_batch_size} "
+        f"| {found.products} + {found.fusions} + {found.others} "
         f"| {found.flops / 1e9:#.3g} ({found.flops / flops:.2f}) | {found.bytes / 1e9:#.3g} "
-        f"({found.bytes / least:.1f}) | {' | '.join(f'{1e3 * time:#.3g}' for time in times)} "
+        f"({found.bytes / least:.1f}) | {memory / 1e9:#.3g} "
+        f"| {' | '.join(f'{1e3 * time:#.3g}' for time in times)} "
         f"| {1 / max(times[1:]):,.0f} |"
     )
 
 
 HEADER = """\
-| workload | order | products + fusions + others | GFLOP (× least) | GB (× least) \
+| workload | order | tasks | products + fusions + others | GFLOP (× least) | GB moved (× least) | GB held \
 | ms at 67 TFLOP/s | ms at 495 TFLOP/s | ms at 3.35 TB/s | predicted at most, it/s |
-|---|---|---|---|---|---|---|---|---|"""
+|---|---|---|---|---|---|---|---|---|---|---|"""
 
 
 def _main(_: list[str]) -> None:
-    pairs = chosen()
+    pairs, sizes = chosen(), FLAGS.tasks.split(",") if FLAGS.tasks else [None]
+    if not all(size is None or (size.isdecimal() and int(size)) for size in sizes):
+        raise UserError(f"expected numbers of tasks as in --tasks=4,16,64, got --tasks={FLAGS.tasks}.")
     print(HEADER, flush=True)
-    for workload, order in pairs:
-        print(row(workload, order), flush=True)
+    spawn = multiprocessing.get_context("spawn")
+    for (workload, order), size in itertools.product(pairs, sizes):
+        with concurrent.futures.ProcessPoolExecutor(1, spawn) as pool:
+            print(pool.submit(row, workload, order, size and int(size)).result(), flush=True)
 
 
 COMMAND = Command(
     about="",
     usage=__doc__,
     work=_main,
-    flags=CHOICE,
+    flags=(*CHOICE, Flag("tasks", "", "in a meta-batch, several sizes by commas; empty: the workload's")),
 )
 
 if __name__ == "__main__":

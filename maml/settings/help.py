@@ -14,6 +14,7 @@ LEFT = 33  # columns of the flags' names
 NARROWEST, WIDEST = 60, 110
 LONGEST_CHOICE = 40  # characters of the values to choose from; longer ones are in --helpfull
 TYPES = {"int": "INT", "float": "NUMBER", "string": "PATH", "string enum": "NAME"}
+NAMES = ("run_name", "weights", "name")  # texts that are no path
 
 
 def page(
@@ -66,6 +67,7 @@ def _in_short(flag: flags.Flag, origin: str | None) -> tuple[str, str]:
     if not choices or len(choices) > LONGEST_CHOICE or getattr(flag.parser, "table", ()):
         explained = isinstance(flag.parser, parsing.ExplainingParser)  # a text is a path then
         choices = TYPES.get(flag.flag_type()) if explained else "TEXT"
+        choices = "NAME" if flag.name in NAMES else choices
     call = f"--[no]{flag.name}" if flag.boolean else f"--{flag.name}={choices}"
     about = text.split("\n\n")[0]
     default = str(flag.default).lower() if flag.boolean else flag.default

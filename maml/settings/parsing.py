@@ -128,7 +128,7 @@ def _unknown(name: str, values: flags.FlagValues) -> UserError:
         )
     similar = " or ".join(f"--{other}" for other in neighbors(name, list(values)))
     advice = f"Did you mean {similar}?" if similar else "Check its name."
-    return UserError(f"expected flags of --help, got --{name}. {advice}")
+    return UserError(f"expected a flag that --help lists, got --{name}. {advice}")
 
 
 def neighbors(name: str, known: Sequence[str], most: int = 2) -> list[str]:
@@ -201,7 +201,7 @@ def _expanded(arguments: Iterable[str], above: tuple[str, ...]) -> Iterator[str]
                 )
             yield from _expanded(_lines(name), (*above, path))
         elif argument.startswith("-") and len(argument.partition("=")[0]) > LONGEST_NAME:
-            raise UserError(f"expected flags of --help, got {shortened(argument)}. Check its name.")
+            raise UserError(f"expected a flag that --help lists, got {shortened(argument)}. Check its name.")
         else:
             yield argument
 

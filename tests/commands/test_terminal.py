@@ -80,10 +80,14 @@ def test_help_is_shown_at_once_and_is_no_failure():
 
 
 def test_the_help_costs_a_tenth_of_a_second_of_work_and_imports_nothing_heavy():
-    """Processor time, the least of three: the machine may be busy."""
-    measured = "import resource, subprocess, sys; subprocess.run([sys.executable, '-m', 'maml', '--help'], "
-    measured += "stdout=-3); print(sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2]))"
-    assert min(float(python("-c", measured).stdout) for _ in range(3)) < 0.2
+    """Processor time, the least of three: the machine may be busy, or slow at everything."""
+    measured = "import resource, subprocess, sys; subprocess.run([sys.executable, *{}], stdout=-3); "
+    measured += "print(sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2]))"
+    bare, own = (
+        min(float(python("-c", measured.format(arguments)).stdout) for _ in range(3))
+        for arguments in (["-c", "pass"], ["-m", "maml", "--help"])
+    )
+    assert own < max(0.2, 12 * bare)
     look = "import sys, atexit; from maml.commands import runner; sys.argv[1:] = ['--help']; "
     look += "atexit.register(lambda: print({'tensorflow', 'numpy', 'PIL'} & {*sys.modules})); runner.main()"
     assert python("-c", look).stdout.endswith("\nset()\n")
