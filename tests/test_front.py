@@ -160,6 +160,12 @@ def test_after_an_import_of_keras_maml_is_quiet_too(tmp_path):
     assert done.stdout == "(2, 3)\n" and done.stderr.partition("imported\n")[2] == ""
 
 
+@pytest.mark.parametrize("module", ["learners.base", "networks.layers", "training.adam"])
+def test_a_room_that_is_imported_first_is_quiet(module):
+    done = in_a_process(f"import maml.{module}", ROOT)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
 def test_runs_lie_in_the_current_folder_and_can_be_named_from_any_other(tmp_path):
     flags = ["--metatrain_iterations=100", "--num_test_tasks=2", "--test_num_updates=1", "--nolog"]
     code = f"import sys; from maml.commands import runner; sys.argv[1:] = {flags}; runner.main()"
