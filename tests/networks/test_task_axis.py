@@ -20,6 +20,8 @@ from maml.networks.layers import BatchNorm, LayerNorm, MaxPool, MovingBatchNorm
 from maml.networks.resnet12 import resnet12
 from maml.training import task_map
 from maml.training.task_map import TaskMap
+from tests import forked
+from tests.command_line import python
 from tests.learners.test_meta_gradient import TOLERANCE, adapted_query_loss, deviations
 from tests.learning import Meta
 from tests.training.test_devices import assert_same
@@ -351,3 +353,17 @@ def test_a_program_is_counted_by_hand():
     assert found.flops == 2 * 4 * 2 * 8 + 2 * 3 * 4 * 5 * 7
     moved = 4 * (4 * 8 + 8 * 2 + 4 * 2) + 2 * (3 * 4 * 5 + 3 * 4 * 7 + 3 * 7 * 5) + 5 * 4 * 2 * (4 * 2)
     assert found.bytes == moved
+
+
+def test_planned_memory_is_that_of_the_largest_program(tmp_path):
+    for name, size in (("a", 720016), ("b", 9)):
+        report = f"Total bytes used: {size} (703.1KiB)\n\nAllocations sorted by size:\n"
+        (tmp_path / f"module.{name}.cpu_after_optimizations-memory-usage-report.txt").write_text(report)
+    assert program.held(tmp_path) == 720016
+
+
+def test_the_command_counts_meta_batches_of_the_sizes_asked_for():
+    typed = ("-m", "benchmarks.program", "--workload=sinusoid", "--order=1")
+    assert "got --tasks=four" in forked.run(*typed, "--tasks=four", expect=2).stderr
+    header, _, row = (line.split("|") for line in python(*typed, "--tasks=2").stdout.splitlines())
+    assert len(row) == len(header) and row[3].strip() == "2" and 0 < float(row[7]) < 1e-3
