@@ -2,15 +2,16 @@
 
 All get the same workload: ways, shots, queries, tasks per update, inner steps and network width are MAML's of
 second order, whatever the learners' papers say; examples are random numbers, drawn by the input pipeline of
-training. Each learner lives in a process of its own, as in `benchmarks.speed`; they take turns. Columns:
-ratio, of the median rates of episodes, to second-order MAML's; peak GB of the process; waits, the share of
-the time that training waited for episodes.
+training. Each learner lives in a process of its own, as in `benchmarks.speed`, and takes turns with
+second-order MAML's. Columns: ratio, the median over the turns of the rate to MAML's; peak GB of the process;
+waits, the share of the time that training waited for episodes.
 """
 
-import contextlib
 import json
 import pathlib
+import statistics
 import sys
+from collections.abc import Iterator
 
 from benchmarks.speed import WORKLOADS, Worker, _machine, _spread
 from maml import tables
@@ -54,26 +55,36 @@ def fits(learner: str, settings: Settings) -> bool:
     return fitting and (settings.classification or not of_classes)
 
 
-def compared(learners: list[str], workload: str, rounds: int, seconds: float) -> list[dict]:
-    """The rates of the learners in turns, second-order MAML first."""
-    with contextlib.ExitStack() as stack:
-        workers = {}
+def compared(learners: list[str], workload: str, rounds: int, seconds: float) -> Iterator[dict]:
+    """The rates of second-order MAML, then of each learner that fits, one at a time, in turns with MAML's."""
+    base = settings_of(DEFAULT_LEARNER, workload)
+    with Worker("learner", base) as maml:
+        yield _row(DEFAULT_LEARNER, base, [(answer, answer) for answer in _turns(rounds, seconds, maml)])
         for learner in learners:
             settings = settings_of(learner, workload)
-            if fits(learner, settings):
-                workers[learner] = stack.enter_context(Worker("learner", settings))
-        answers = [{name: worker.run(seconds) for name, worker in workers.items()} for _ in range(rounds)]
-    rows = []
-    for name in workers:
-        tasks = settings_of(name, workload).meta_batch_size
-        rate = _spread([tasks * answer[name]["rate"] for answer in answers])
-        waits = _spread([answer[name]["waited"] for answer in answers])
-        peak = answers[-1][name]["peak_bytes"]
-        rows.append({"learner": name, "episodes_per_second": rate, "waited": waits, "peak_bytes": peak})
-    for row in rows:
-        first = rows[0]["episodes_per_second"]["median"]
-        row["ratio"] = row["episodes_per_second"]["median"] / first
-    return rows
+            if learner == DEFAULT_LEARNER or not fits(learner, settings):
+                continue
+            with Worker("learner", settings) as worker:
+                yield _row(learner, settings, list(_turns(rounds, seconds, maml, worker)))
+
+
+def _turns(rounds: int, seconds: float, *workers: Worker) -> Iterator:
+    """The answers of the workers, which run one after the other, in each round."""
+    for _ in range(rounds):
+        answers = tuple(worker.run(seconds) for worker in workers)
+        yield answers if len(answers) > 1 else answers[0]
+
+
+def _row(learner: str, settings: Settings, turns: list[tuple[dict, dict]]) -> dict:
+    """What the JSON holds of a learner; turns: the answers of MAML and of the learner."""
+    ours = [answer for _, answer in turns]
+    return {
+        "learner": learner,
+        "episodes_per_second": _spread([settings.meta_batch_size * answer["rate"] for answer in ours]),
+        "ratio": statistics.median(answer["rate"] / maml["rate"] for maml, answer in turns),
+        "waited": _spread([answer["waited"] for answer in ours]),
+        "peak_bytes": ours[-1]["peak_bytes"],
+    }
 
 
 def table_row(row: dict) -> str:
@@ -88,20 +99,20 @@ def table_row(row: dict) -> str:
 
 def _main(_: list[str]) -> None:
     names = list(tables.LEARNERS) if FLAGS.learners == "all" else FLAGS.learners.split(",")
-    learners = list(dict.fromkeys([DEFAULT_LEARNER, *names]))
     workloads = FLAGS.workload.split(",")
-    if unknown := [name for name in learners if name not in tables.LEARNERS]:
+    if unknown := [name for name in names if name not in tables.LEARNERS]:
         raise UserError(f"expected all or some of {', '.join(tables.LEARNERS)}, got {', '.join(unknown)}.")
     if not set(workloads) <= set(WORKLOADS):
         raise UserError(f"expected some of {', '.join(WORKLOADS)}, got --workload={FLAGS.workload}.")
     results = {"machine": _machine(), "workloads": {}}
     for workload in workloads:
         print(f"{workload}, medians of {FLAGS.rounds} rounds of {FLAGS.seconds:g} s\n{HEADER}", flush=True)
-        rows = compared(learners, workload, FLAGS.rounds, FLAGS.seconds)
-        print("\n".join(map(table_row, rows)), flush=True)
-        results["workloads"][workload] = rows
-        if FLAGS.json:
-            pathlib.Path(FLAGS.json).write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        rows = results["workloads"][workload] = []
+        for row in compared(names, workload, FLAGS.rounds, FLAGS.seconds):
+            print(table_row(row), flush=True)
+            rows.append(row)
+            if FLAGS.json:  # each time: an interrupted run keeps what it has
+                pathlib.Path(FLAGS.json).write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
 
 COMMAND = Command(
@@ -111,8 +122,8 @@ COMMAND = Command(
     flags=(
         Flag("learners", "all", "names from `maml list learners`, with commas; those that fit the workload"),
         Flag("workload", "omniglot_5way_1shot", "some of benchmarks.speed's"),
-        Flag("rounds", 5, "turns of each; the median counts", lower=1),
-        Flag("seconds", 5.0, "length of a turn (one call at least)", lower=0.0),
+        Flag("rounds", 3, "turns of each; the median counts", lower=1),
+        Flag("seconds", 3.0, "length of a turn (one call at least)", lower=0.0),
         Flag("json", None, "also write everything to this file"),
     ),
     shows=(),

@@ -217,8 +217,9 @@ def learner(settings: Settings) -> Timed:
     source = _random_source(settings)
     if "num_unlabeled" in settings.own:
         source = WithUnlabeled(source, settings.own["num_unlabeled"])
-    spec, length = build.train_spec(settings), phase.block_length
-    read = Waiting(stream(source, spec, "train", meta_batch=settings.meta_batch_size, length=length))
+    spec, tasks = build.train_spec(settings), settings.meta_batch_size
+    read = Waiting(stream(source, spec, "train", meta_batch=tasks, length=phase.block_length))
+    length = next(read).last  # fewer than asked, where episodes are large
 
     def call() -> dict[str, float]:
         block = next(read)

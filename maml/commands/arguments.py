@@ -58,10 +58,30 @@ def compare(_: list[str]) -> tuple[list[jobs.Job], str, pathlib.Path]:
         differing = [name for name in EPISODES if vars(other.settings)[name] != vars(first)[name]]
         same = [f"--{name}={vars(first)[name]}" for name in differing]
         compared[place] = jobs.job([*other.arguments, *same])
+    _check_lengths([job.settings for job in compared])
     shot = f"{first.update_batch_size}shot"
     task = f"{first.num_classes}way_{shot}" if first.classification else shot
     name = FLAGS.name or f"{first.datasource.replace(':', '_').replace('/', '_')}_{task}"
     return compared, name, pathlib.Path(FLAGS.out or "results/compare")
+
+
+def _check_lengths(compared: list[Settings]) -> None:
+    """Raises one UserError for all runs that are longer than asked and have no checkpoint to be tested."""
+    there = {each.learner: files.saved_iterations(each.run_dir) for each in compared}
+    asked = compared[0].iterations
+
+    def serves(found: list[int], iterations: int) -> bool:
+        return iterations in found or iterations >= max(found, default=0)
+
+    longer = [f"{name} ({found[-1]:,})" for name, found in there.items() if not serves(found, asked)]
+    if longer:
+        known = sorted({iterations for found in there.values() for iterations in found})
+        others = [i for i in known if all(serves(found, i) for found in there.values())]
+        nearest = min(others, key=lambda iterations: abs(iterations - asked))
+        raise UserError(
+            f"--metatrain_iterations={asked}: {compared[0].logdir} has longer runs without a checkpoint of "
+            f"that iteration: {', '.join(longer)}. Use another --logdir, or --metatrain_iterations={nearest}."
+        )
 
 
 def embed(operands: list[str]) -> tuple[Settings, pathlib.Path]:

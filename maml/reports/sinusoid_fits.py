@@ -40,16 +40,21 @@ def sinusoid_fits(
 
     size = 3.4 * tasks, 0.4 + 2.6 * len(learners)
     figure, axes = plt.subplots(
-        len(learners), tasks, figsize=size, sharey=True, squeeze=False, layout="constrained"
+        len(learners), tasks, figsize=size, sharex=True, sharey=True, squeeze=False, layout="constrained"
     )
     numbers = {steps for _, _, steps in learners.values()}
     last = _after(*numbers) if len(numbers) == 1 else "after the last step"
     for row, (name, (learner, data, steps)) in zip(axes, learners.items(), strict=True):
         for axis, fit in zip(row, _fits(learner, data, spec, "test", steps, tasks), strict=True):
             _fit_panel(axis, fit, steps, last)
-        if len(learners) > 1:
-            row[0].set_ylabel(f"{name}, {steps} step{'s' * (steps > 1)}")
-    handles, labels = axes[0, 0].get_legend_handles_labels()
+        row[0].set_ylabel("y" if len(learners) == 1 else f"{name}, {steps} step{'s' * (steps > 1)}\ny")
+    for axis in axes[1:].flat:
+        axis.set_title("")  # the column's sinusoid, said above
+    for axis in axes[-1]:
+        axis.set_xlabel("x")
+    # Of the learner with the most curves: one with a single step has no other.
+    most = axes[max(range(len(axes)), key=lambda row: len(axes[row, 0].lines)), 0]
+    handles, labels = most.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=5, frameon=False)
     figure.savefig(path, dpi=110)
     plt.close(figure)

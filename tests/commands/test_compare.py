@@ -122,6 +122,26 @@ def test_the_test_episodes_of_all_learners_are_one(monkeypatch):
     assert {build.test_spec(job.settings) for job in arguments.compare([])[0]} == {(5, 1, 4, 0)}
 
 
+def test_runs_that_are_longer_than_asked_are_one_message(monkeypatch, tmp_path):
+    flags = {"learners": "maml,anil,fomaml", "name": "", "out": None, "learner": "maml"}
+    monkeypatch.setattr(arguments, "FLAGS", type("Given", (), flags))
+    given = ["--datasource=omniglot", f"--logdir={tmp_path}", "--metatrain_iterations=500"]
+    monkeypatch.setattr(arguments.jobs, "given_flags", lambda but: given)
+    jobs, *_ = arguments.compare([])
+    for job, there in zip(jobs, [(500, 1000), (1000,), (600, 1000, 2000)], strict=True):
+        (job.settings.run_dir / "checkpoints").mkdir(parents=True)
+        for iteration in there:
+            (job.settings.run_dir / "checkpoints" / f"model-{iteration}.index").touch()
+    with pytest.raises(UserError) as found:
+        arguments.compare([])
+    assert str(found.value) == (
+        f"--metatrain_iterations=500: {tmp_path} has longer runs without a checkpoint of that iteration: "
+        "anil (1,000), fomaml (2,000). Use another --logdir, or --metatrain_iterations=1000."
+    )
+    given[-1] = "--metatrain_iterations=1000"
+    assert len(arguments.compare([])[0]) == 3
+
+
 def test_unlabeled_examples_leave_the_episode_as_it_is():
     x, y = np.arange(240, dtype=np.float32)[:, np.newaxis], np.repeat(np.arange(12), 20)
     source = from_arrays(x, y, {"train": list(range(12))})

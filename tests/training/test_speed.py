@@ -322,3 +322,33 @@ def test_a_learner_is_timed_with_the_input_it_waits_for(monkeypatch):
         "1.50",
         "1.2%",
     ]
+
+
+def test_every_learner_takes_turns_with_maml_in_its_own_process(monkeypatch):
+    said, rates = [], {"maml": 4.0, "reptile": 6.0, "anil": 2.0}
+
+    class Fake:
+        def __init__(self, kind, settings):
+            self.name = settings.learner
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            said.append(f"{self.name} ends")
+
+        def run(self, seconds):
+            said.append(self.name)
+            rate = rates[self.name] * len(said)  # the machine becomes faster all the time
+            return {"rate": rate, "waited": 0.01, "peak_bytes": 5}
+
+    monkeypatch.setattr(learners, "Worker", Fake)
+    # There is nothing in sinusoids for a metric learner.
+    rows = list(learners.compared(["reptile", "maml", "prototypical", "anil"], "sinusoid", 2, 1.0))
+    turns = [step for name in ("reptile", "anil") for step in (*["maml", name] * 2, f"{name} ends")]
+    assert said == ["maml", "maml", *turns, "maml ends"]
+    assert [row["learner"] for row in rows] == ["maml", "reptile", "anil"]
+    # Reptile's turns are the fourth and the sixth of all, MAML's before them the third and the fifth.
+    needed = [1, np.mean([6 * 4 / (4 * 3), 6 * 6 / (4 * 5)]), np.mean([2 * 9 / (4 * 8), 2 * 11 / (4 * 10)])]
+    np.testing.assert_allclose([row["ratio"] for row in rows], needed)
+    assert rows[1]["episodes_per_second"]["rounds"] == [25 * 6 * 4, 25 * 6 * 6]
