@@ -194,12 +194,14 @@ def _write_embedding(
         for x in (episode.support_x, episode.query_x)
     ]
     guesses = final.argmax(-1)
-    embedding.draw(out / embedding.PICTURE, classes, vectors[0], support.labels, vectors[1], guesses)
+    embedding.draw(
+        out / embedding.PICTURE, classes, vectors[0], support.labels, vectors[1], guesses, query.labels
+    )
     rows = [("photograph", "set", "class")]
     rows += [(name, "support", classes[c]) for name, c in zip(support.names, support.labels, strict=True)]
     rows += [(name, "query", classes[c]) for name, c in zip(query.names, guesses, strict=True)]
     embedding.write_projector(out / embedding.PROJECTOR, np.concatenate(vectors), rows)
-    return [embedding.PICTURE, f"{embedding.PROJECTOR}/ (tensorboard --logdir)"]
+    return [embedding.PICTURE, f"{embedding.PROJECTOR}/ (tensorboard --logdir={out / embedding.PROJECTOR})"]
 
 
 def remarks(

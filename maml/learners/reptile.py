@@ -65,8 +65,14 @@ class Reptile(Algorithm):
     """
 
     flags = (
-        Flag("inner_lr", 0.001, "step size of the inner optimizer (20-way Omniglot: 0.0005)", lower=0),
-        Flag("sgd", False, "inner SGD instead of Adam with β1 = 0"),
+        Flag(
+            "inner_lr",
+            0.001,
+            "step size of the inner optimizer (20-way Omniglot: 0.0005)",
+            lower=0,
+            paper={"sinusoid": 0.02},
+        ),
+        Flag("sgd", False, "inner SGD instead of Adam with β1 = 0", paper={"sinusoid": True}),
         Flag("inner_batch", 10, "mini-batch of a training task (20-way Omniglot: 20)", lower=1),
         Flag(
             "inner_iters",
@@ -75,17 +81,23 @@ class Reptile(Algorithm):
             lower=1,
             paper={"miniimagenet": 8},
         ),
-        Flag("eval_batch", 5, "mini-batch in evaluation (20-way: 10, 5-shot mini-ImageNet: 15)", lower=1),
+        Flag(
+            "eval_batch",
+            5,
+            "mini-batch in evaluation (20-way: 10, 5-shot mini-ImageNet: 15)",
+            lower=1,
+            paper={"sinusoid": 10},
+        ),
         Flag(
             "train_shots",
             10,
             "examples per class of a training task",
             lower=1,
-            paper={"miniimagenet": 15},
+            paper={"miniimagenet": 15, "sinusoid": 50},
         ),
         Flag("replacement", False, "draw every mini-batch independently of the others"),
         Flag("weight_decay", 1.0, "factor on all weights before every inner step", lower=0, upper=1),
-        Flag("meta_step", 1.0, "ε at the first iteration"),
+        Flag("meta_step", 1.0, "ε at the first iteration", paper={"sinusoid": 0.1}),
         Flag("meta_step_final", 0.0, "ε at the end, to which it falls linearly"),
         Flag("foml", False, "first-order MAML: move along the last inner step alone"),
         Flag("foml_tail", 0, "examples per class of the last mini-batch, in no other; 0: like the others"),

@@ -46,24 +46,29 @@ class Predictions(NamedTuple):
 
 
 def table(classes: tuple[str, ...], query: Photographs, final: np.ndarray) -> str:
-    """The first predictions as text; `final` [n, N], the probabilities."""
+    """The first predictions as text, and the wrong ones among the others; `final` [n, N], probabilities."""
+    guesses = final.argmax(-1)
+    wrong = np.zeros(len(final), bool) if query.labels is None else guesses != query.labels
+    shown = [*range(min(LINES, len(final))), *(LINES + np.flatnonzero(wrong[LINES:])[:LINES])]
     rows = [("photograph", "prediction", "confidence", "truth" if query.labels is not None else "")]
-    for i in range(min(LINES, len(final))):
-        guess = int(final[i].argmax())
-        truth = "" if query.labels is None else classes[query.labels[i]]
-        wrong = "" if query.labels is None or query.labels[i] == guess else "  (wrong)"
-        rows.append((query.names[i], classes[guess], f"{100 * final[i, guess]:.1f} %", truth + wrong))
+    for i in shown:
+        truth = "" if query.labels is None else classes[query.labels[i]] + "  (wrong)" * int(wrong[i])
+        rows.append((query.names[i], classes[guesses[i]], f"{100 * final[i].max():.1f} %", truth))
     rows = [(*(_clipped(cell) for cell in row),) for row in rows]
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
     lines = [f"{a:<{widths[0]}}  {b:<{widths[1]}}  {c:>{widths[2]}}  {d}".rstrip() for a, b, c, d in rows]
-    if len(final) > LINES:
-        lines.append(f"… and {len(final) - LINES} more in {CSV}")
+    if more := len(final) - len(shown):
+        all_right = query.labels is not None and wrong.sum() == wrong[shown].sum()
+        lines.append(f"… and {more} more{', all right,' * int(all_right)} in {CSV}")
     return "\n".join(lines)
 
 
 def step_table(made: Predictions, labels: np.ndarray | None) -> str:
-    """The curve over the steps as text: some of them, always the first and the last."""
+    """The curve over the steps as text: some of them, always the first and the last; a line without steps."""
     last = len(made.support_loss) - 1
+    if not last:
+        confidence = made.curves(labels)["mean confidence"][0]
+        return f"support accuracy {100 * made.support_accuracy[0]:.1f} %, mean confidence {confidence:.1f} %"
     shown = sorted({0, 1, 2, 3, 5, 10, last // 2, last} & set(range(last + 1)))
     rows = {"after step": [str(step) for step in shown]}
     rows["support loss"] = [f"{made.support_loss[step]:.3f}" for step in shown]

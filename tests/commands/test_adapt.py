@@ -260,9 +260,12 @@ def test_all_that_is_written_can_be_read_again(tmp_path):
 def test_tables_on_the_terminal():
     query, made = random_photographs([0, 1] * 30, 0), some_predictions(60, 2)
     lines = predictions.table(("cat", "dog"), query, made.probabilities[-1]).splitlines()
-    assert len(lines) == 42 and lines[-1] == "… and 20 more in predictions.csv"
-    wrong = (made.predictions[-1] != query.labels)[:40]
-    assert [line.endswith("(wrong)") for line in lines[1:41]] == wrong.tolist()
+    wrong = made.predictions[-1] != query.labels
+    more = wrong[40:].sum()
+    assert 0 < more < 20 and lines[-1] == f"… and {20 - more} more, all right, in predictions.csv"
+    assert [line.endswith("(wrong)") for line in lines[1:-1]] == [*wrong[:40], *[True] * more]
+    unknown = predictions.table(("cat", "dog"), query._replace(labels=None), made.probabilities[-1])
+    assert unknown.endswith("\n… and 20 more in predictions.csv")
     known = predictions.step_table(made, query.labels).splitlines()
     assert known[1].split() == ["support", "loss", "3.000", "2.000", "1.000"]
     assert known[2].split() == ["support", "accuracy,", "%", "20.0", "60.0", "50.0"]
@@ -270,6 +273,8 @@ def test_tables_on_the_terminal():
     assert known[3].split()[2:] == [f"{share:.1f}" for share in right]
     unknown = predictions.step_table(made, None)
     assert "\naccuracy" not in unknown and unknown.splitlines()[3].endswith(" 100.0")
+    without = Predictions(*(values[:1] for values in made))
+    assert predictions.step_table(without, query.labels).startswith("support accuracy 20.0 %, mean confide")
     labels = np.zeros(50, np.int32)
     assert predictions.accuracy((np.arange(50) >= 41).astype(np.int32), labels) == (
         "accuracy 82.0 %: 41 of 50 (95 % interval 69.2 to 90.2)"

@@ -1,8 +1,12 @@
 """`maml adapt` by prototypes: any number of classes, and the picture of the embedding."""
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import tensorflow as tf
+from tensorboard.plugins.base_plugin import TBContext
+from tensorboard.plugins.projector.projector_plugin import ProjectorPlugin
+from werkzeug.test import Client
 
 from maml.commands import adapt
 from maml.datasets.user_images import Photographs
@@ -65,6 +69,37 @@ def test_principal_axes_are_those_of_the_covariance():
     by_hand = (vectors - vectors.mean(0)) @ axes[:, ::-1][:, :2]
     np.testing.assert_allclose(np.abs(points), np.abs(by_hand), atol=1e-9)
     assert embedding.principal(np.ones((3, 1)))[0].shape == (3, 2)
+
+
+@pytest.mark.parametrize("way", [3, 30])
+def test_the_picture_tells_any_number_of_classes_apart(way, tmp_path, monkeypatch):
+    kept = []
+    monkeypatch.setattr(plt, "close", kept.append)
+    classes, labels = [f"class {i}" for i in range(way)], np.arange(way).repeat(2)
+    vectors = np.random.default_rng(0).normal(size=(4 * way, 5))
+    predicted = np.where(np.arange(2 * way) < 2, 1, labels)  # class 0 comes out as class 1
+    truth = labels if way > 3 else None
+    embedding.draw(tmp_path / "a.png", classes, vectors[::2], labels, vectors[1::2], predicted, truth)
+    (figure,) = kept
+    (axis,), (legend,) = figure.axes, figure.legends
+    triangles = [group for group in axis.collections if group.get_label() in {*legend_names(legend)}]
+    assert len({tuple(group.get_facecolor()[0]) for group in triangles}) == len(triangles) == way
+    assert [name.split()[-1] for name in legend_names(legend)] == [name.split()[-1] for name in classes]
+    numbers = [str(i + 1) for i in range(way)] if way > 8 else []
+    assert [text.get_text() for text in axis.texts] == numbers
+    assert ("crosses" in axis.get_title()) == (way == 30)
+
+
+def legend_names(legend) -> list[str]:
+    return [text.get_text() for text in legend.get_texts()]
+
+
+def test_tensorboard_finds_the_vectors_in_the_folder_that_is_named(tmp_path):
+    embedding.write_projector(tmp_path, np.eye(3), [("photograph",), ("a",), ("b",), ("c",)])
+    context = TBContext(logdir=str(tmp_path), multiplexer=None, assets_zip_provider=None)
+    apps = ProjectorPlugin(context).get_plugin_apps()
+    found = Client(apps["/tensor"]).get("/?run=.&name=vectors.tsv")
+    assert np.frombuffer(found.data, np.float32).tolist() == np.eye(3).ravel().tolist()
 
 
 def test_the_projector_has_a_row_for_every_vector(tmp_path):
