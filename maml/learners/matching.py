@@ -56,7 +56,8 @@ class Matching(Metric):
     """Attends from a query to the support set by the softmax of cosines; a class has its examples' weights.
 
     Outputs are log p(c) [n, N]. The cosine, which is at most 1, bounds p: at 5-way 1-shot by
-    e²/(e² + 4) = 0.65. Re-implementations reach the paper's figures with `distance="euclidean"` or
+    e²/(e² + 4) = 0.65 and, of features that end with a ReLU, whose cosines are not negative, by
+    e/(e + 4) = 0.40. Re-implementations reach the paper's figures with `distance="euclidean"` or
     "one_sided_cosine" (easyfsl's, which adds 1e-6 to p before the logarithm) rather than with the paper's.
 
     With full context embeddings a support image is embedded in the light of the others by an LSTM each way

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from maml.reports import charts
-from maml.reports.published import CELLS, Cell, Figure, title
+from maml.reports.published import CELLS, LEARNERS, Cell, Figure, title
 from maml.runs import files, results
 from maml.runs.files import write_page
 from maml.settings.jobs import Job
@@ -23,6 +23,7 @@ of several seeds, of the mean over seeds (lowest–highest). The difference is t
 no figure, to the original re-run: "within" means that it is no larger than the two intervals together. A
 cell trained for fewer iterations than the paper's is not compared.
 """
+OF_LEARNERS = {"omniglot_5way_1shot": "Omniglot", "miniimagenet_5way_1shot": "mini-ImageNet"}
 COLUMNS = ("experiment", "steps", "paper", "original, re-run", "ours", "difference", "iterations")
 
 
@@ -58,6 +59,7 @@ def write(folder: pathlib.Path, outcomes: Sequence[Outcome]) -> None:
         lines += ["", *(_note(outcome) for outcome in members)]
         lines += [f"\n![{group}]({path.name})" for path in _figures(folder, group, members)]
         lines.append("")
+    lines += _every_learner(outcomes)
     missing = [outcome.name for outcome in outcomes if not outcome.entries]
     if missing:
         lines.append(f"Not run: {', '.join(missing)}.\n")
@@ -87,6 +89,33 @@ def _rows(outcome: Outcome) -> Iterator[list[str]]:
             "" if partial or reference is None else _difference(ours, reference, percent),
             _iterations(entries, outcome.full_iterations) if steps == cell.steps[0] else "",
         ]
+
+
+def _every_learner(outcomes: Sequence[Outcome]) -> list[str]:
+    """A table of each learner's paper's figures at 5-way 1-shot and ours; empty without any of ours."""
+    by_name = {outcome.name: outcome for outcome in outcomes if outcome.entries}
+    if not any(name.startswith(task) for name in by_name for task in OF_LEARNERS):
+        return []
+    head = [f"{data}: {part}" for data in OF_LEARNERS.values() for part in ("paper", "ours", "iterations")]
+    lines = ["## Every learner, 5-way 1-shot: accuracy, %\n", _row(["learner", *head])]
+    lines.append(_row(["---"] * (1 + len(head))))
+    for learner, figures in LEARNERS.items():
+        cells = []
+        for task in OF_LEARNERS:
+            # MAML's own paper has the first order on mini-ImageNet, under another name.
+            names = [f"{task}_{learner}"] + [task] * (learner == "maml")
+            names += [f"{task}_first_order"] * (learner == "fomaml")
+            outcome = next((by_name[name] for name in names if name in by_name), None)
+            paper = figures.get((task.partition("_")[0], 5, 1))
+            cells += [_shown(paper, True), *(_ours(outcome) if outcome else ("", ""))]
+        lines.append(_row([f"`{learner}`", *cells]))
+    return [*lines, ""]
+
+
+def _ours(outcome: Outcome) -> tuple[str, str]:
+    """Our figure after the last steps of the test, and the iterations."""
+    ours = [_figure(entry, outcome.cell.steps[-1]) for _, entry in outcome.entries]
+    return _shown_over_seeds(ours, True), _iterations(outcome.entries, outcome.full_iterations)
 
 
 def _note(outcome: Outcome) -> str:

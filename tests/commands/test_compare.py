@@ -45,8 +45,8 @@ def test_learners_are_tested_on_the_episodes_of_the_first(compared):
     assert (ours["learner"], theirs["learner"]) == ("maml", "reptile")
     for name in ("way", "shot", "query_per_class", "tasks", "seed", "split"):
         assert ours[name] == theirs[name], name
-    assert theirs["query_per_class"] == "5" and theirs["train_shots"] == "10"
-    assert (ours["inner_steps"], theirs["inner_steps"]) == ("10", "50")
+    assert theirs["query_per_class"] == "5" and theirs["train_shots"] == "50"
+    assert (ours["inner_steps"], theirs["inner_steps"]) == ("10", "32")
 
 
 def test_the_table_has_the_figures_of_the_runs(compared):

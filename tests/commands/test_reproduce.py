@@ -4,6 +4,7 @@ import csv
 import json
 import pathlib
 import re
+import types
 
 import pytest
 
@@ -238,6 +239,34 @@ def test_a_learners_name_stands_for_its_cells(tmp_path):
     assert rows[0][:5] == ["omniglot_5way_1shot_meta_sgd", "omniglot", "99.53", "±", "0.26"]
     assert reproduce.named([]) == list(MAML_CELLS)
     assert not (tmp_path / "results").exists()
+
+
+def test_every_learner_has_a_row_with_its_papers_figure_and_ours():
+    def outcome(name: str, trained: int, mean: float) -> types.SimpleNamespace:
+        means = [0.1] * CELLS[name].steps[-1] + [mean]
+        results = {"query": {"accuracy": {"mean": means, "ci95": [0.0051] * len(means)}}}
+        entry = {
+            "measure": "accuracy",
+            "results": results,
+            "trained_iterations": trained,
+            "iterations": trained,
+        }
+        return types.SimpleNamespace(
+            name=name, cell=CELLS[name], entries=[(None, entry)], full_iterations=600
+        )
+
+    done = [
+        outcome("omniglot_5way_1shot", 600, 0.98),
+        outcome("omniglot_5way_1shot_noconv", 600, 0.5),  # of no learner's row
+        outcome("miniimagenet_5way_1shot_first_order", 600, 0.47),
+        outcome("omniglot_5way_1shot_relation", 60, 0.9),
+    ]
+    table = {row[0].strip("`"): row[1:] for row in rows("\n".join(results_page._every_learner(done)))}
+    assert set(published.LEARNERS) == {*table} - {"learner", "---"}
+    assert table["maml"] == ["98.70 ± 0.40", "98.00 ± 0.51", "600", "48.70 ± 1.84", "", ""]
+    assert table["fomaml"][3:] == ["48.07 ± 1.75", "47.00 ± 0.51", "600"]
+    assert table["relation"][:3] == ["99.60 ± 0.20", "90.00 ± 0.51", "60 of 600"]
+    assert results_page._every_learner([outcome("sinusoid_5shot", 600, 0.5)]) == []
 
 
 def test_a_deviation_over_seeds_is_no_interval():

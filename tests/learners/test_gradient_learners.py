@@ -1,5 +1,6 @@
 """The gradient-based learners: parity with their originals, meta-gradients, and what is kept."""
 
+import itertools
 import pathlib
 
 import numpy as np
@@ -147,6 +148,37 @@ def test_the_meta_gradient_is_that_of_the_loss(name):
             return algorithm.measure(algorithm.outputs(state, episode.query_x), episode.query_y)["loss"]
 
     assert worst_difference(algorithm, episode, loss) < 1e-6
+
+
+KINDS = {"anil": Anil, "boil": Boil, "meta_sgd": MetaSgd, "maml_plus_plus": MamlPlusPlus}
+NETWORKS = {
+    "strided": (16, conv),
+    "max_pool": (16, lambda norm: conv(norm, max_pool=True, flatten=True)),
+    "dense": (4, dense),
+}
+NORMS = {
+    "batch_norm": "batch_norm",
+    "moving": "moving_batch_norm",
+    "layer_norm": "layer_norm",
+    "none": "None",
+}
+IN_THE_GATE = {("meta_sgd", "strided", "layer_norm"), ("anil", "max_pool", "none")}
+
+
+@pytest.mark.parametrize(
+    ("kind", "network", "norm"),
+    [
+        pytest.param(*case, marks=[pytest.mark.long] * (case not in IN_THE_GATE))
+        for case in itertools.product(KINDS, NETWORKS, NORMS)
+    ],
+)
+def test_the_meta_gradient_on_every_network_and_norm(kind, network, norm):
+    side, make = NETWORKS[network]
+    options = dict(da=False, msl=False) if kind == "maml_plus_plus" else {}
+    norm = step_norm if (kind, norm) == ("maml_plus_plus", "moving") else NORMS[norm]
+    algorithm = KINDS[kind](make(norm), mean_cross_entropy, **IMAGES | {"inner_lr": 0.1}, **options)
+    episode = task(images(lively(algorithm), side=side))
+    assert worst_difference(algorithm, episode, step=1e-6) < 1e-5
 
 
 def test_one_pass_through_the_body_is_the_same_as_one_per_step():

@@ -104,6 +104,15 @@ def test_reptile_has_the_authors_network_tasks_and_schedule():
     network, phase = built(photographs)
     assert network.layers[-1].kernel.shape[0] == 6 * 6 * 4  # SAME pooling
     assert train_spec(photographs).shot == 15 and phase.outer.algorithm.inner_steps == 8
+    sinusoid = settings_of("reptile", datasource="sinusoid")  # of the authors' program of that
+    algorithm = built(sinusoid)[1].outer.algorithm
+    assert (train_spec(sinusoid).shot, sinusoid.meta_batch_size, sinusoid.test_num_updates) == (50, 1, 32)
+    assert (algorithm.sgd, algorithm.inner_lr, algorithm.inner_batch, algorithm.inner_steps) == (
+        True,
+        0.02,
+        10,
+        5,
+    )
 
 
 def test_leo_has_its_network():
@@ -117,7 +126,9 @@ def test_leo_has_its_network():
 
 @pytest.mark.parametrize("name", ["meta_sgd", "maml_plus_plus", "reptile"])
 def test_what_a_learner_adds_is_in_the_checkpoint(name, tmp_path):
-    settings = settings_of(name, f"--logdir={tmp_path}", "--metatrain_iterations=10", datasource="sinusoid")
+    adam = ["--nosgd"] * (name == "reptile")  # whose moments are kept
+    flags = (f"--logdir={tmp_path}", "--metatrain_iterations=10", *adam)
+    settings = settings_of(name, *flags, datasource="sinusoid")
 
     def opened() -> tuple[Run, list[keras.Variable]]:
         phases = build_training(settings, build_network(settings, settings.input_shape))

@@ -72,7 +72,8 @@ def backbone(dtype: str = "float64", norm: str = "moving_batch_norm") -> keras.M
 
 def learner(name: str, **options) -> Metric:
     keras.utils.set_random_seed(0)
-    return LEARNERS[name](backbone(options.pop("dtype", "float64")), **options)
+    network = {part: options.pop(part) for part in ("dtype", "norm") if part in options}
+    return LEARNERS[name](backbone(**network), **options)
 
 
 def episodes(name: str, tasks: int, way: int = WAY, seed: int = 0) -> Episode:
@@ -142,9 +143,10 @@ def test_a_wrong_reference_is_found_out():
 # --- Gradients and symmetries -------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("norm", ["moving_batch_norm", "layer_norm", "None"])
 @pytest.mark.parametrize("name", [name for name in LEARNERS if name != "mask"])  # its features are stopped
-def test_the_gradient_is_the_finite_difference(name):
-    algorithm, episode = learner(name, train_num_classes=WAY), one(episodes(name, 1))
+def test_the_gradient_is_the_finite_difference(name, norm):
+    algorithm, episode = learner(name, train_num_classes=WAY, norm=norm), one(episodes(name, 1))
     theta = algorithm.weights()
     gradient = algorithm.task_gradient(theta, episode).gradient
     rng = np.random.default_rng(1)
