@@ -92,7 +92,10 @@ def _test(
 def _header(settings: Settings, from_paper: dict[str, object], devices: str) -> str:
     """The header of a run, but for the network, which depends on the data."""
     way = settings.num_classes if settings.classification else 1
-    support, query = way * settings.update_batch_size, way * settings.num_query
+    support = way * settings.update_batch_size
+    # Metric learners may train with more classes than they are tested with.
+    query = (settings.own.get("train_num_classes") or way) * settings.num_query
+    tasks = "1 task" if settings.meta_batch_size == 1 else f"{settings.meta_batch_size} tasks"
     steps = settings.trained_steps if settings.train else settings.tested_steps
     lines = [f"{settings.learner}: {settings.datasource} {settings.task} on {devices}"]
     if steps:
@@ -109,7 +112,7 @@ def _header(settings: Settings, from_paper: dict[str, object], devices: str) -> 
             _line(
                 "outer loop",
                 f"{joint}{settings.metatrain_iterations:,} iterations{_outer(settings)} on "
-                f"{settings.meta_batch_size} tasks with N·Q = {query} query examples each",
+                f"{tasks} with N·Q = {query} query examples each",
             )
         )
     if from_paper:

@@ -38,6 +38,11 @@ def test_an_optimizer_that_is_named_reads_the_outer_step_size():
     assert settings.meta_lr == 0.5 and "β = 0.5 (sgd)" in _header(settings, {}, "here")
 
 
+def test_the_header_counts_the_queries_of_training():
+    settings = of("prototypical", "--train_num_classes=60", "--num_query=5")
+    assert "1 task with N·Q = 300 query examples" in _header(settings, {}, "here")
+
+
 def test_inner_steps_are_those_of_the_learners_own_flags():
     assert of("reptile", "--inner_iters=9").trained_steps == 9
     settings = of("leo", "--inner_unroll_length=3", "--finetuning_unroll_length=1")
