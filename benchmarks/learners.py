@@ -76,7 +76,7 @@ def _turns(rounds: int, seconds: float, *workers: Worker) -> Iterator:
 
 
 def _row(learner: str, settings: Settings, turns: list[tuple[dict, dict]]) -> dict:
-    """What the JSON holds of a learner; turns: the answers of MAML and of the learner."""
+    """A learner's entry in the JSON; turns: the answers of MAML and of the learner."""
     ours = [answer for _, answer in turns]
     return {
         "learner": learner,
