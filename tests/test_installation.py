@@ -168,6 +168,10 @@ COMMANDS = {
     "--num_classes=5 --update_batch_size=1 --metatrain_iterations=1000 --save_interval=500 --test_set": (
         ("--learners=maml",), 2, "expected --learners of two names or more",
     ),
+    "maml compare --learners=maml,fomaml,reptile,meta_sgd --datasource=sinusoid --update_batch_size=10 "
+    "--metatrain_iterations=70000 --test_set": (
+        ("--learners=maml",), 2, "expected --learners of two names or more",
+    ),
     "maml sweep --flagfile=flags/sweeps/classes.flags": (("--name=/",), 2, "got --name=/"),
     "maml sweep --grid='num_classes=2,3,5' --datasource=omniglot --update_batch_size=1": (
         ("--name=/",), 2, "got --name=/",
