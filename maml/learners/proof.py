@@ -54,7 +54,7 @@ class Proof:
         if self._copied:
             return
         self.head(x)
-        few = tf.nest.map_structure(lambda rows: rows[: gradient_check.ROWS], x)
+        few = gradient_check.few_of(x)
         copies.check_same(self._model, self._model, few, "a second call")
         if self.original is not None:
             copies.check_same(self.original, self._model, few, "the model with exact norms")
@@ -97,7 +97,8 @@ class Proof:
     def _batched(self, episode: Episode) -> None:
         """Raises UserError if two tasks at once have other gradients than one by one."""
         algorithm = self._assembly.algorithm(self._model, inner_steps=1)
-        episode = algorithm.to_floating(tf.nest.map_structure(tf.convert_to_tensor, episode))
+        few = tf.nest.map_structure(tf.convert_to_tensor, gradient_check.few_of(episode))
+        episode = algorithm.to_floating(few)
         two = tf.nest.map_structure(lambda rows: tf.stack([rows, rows[::-1]]), episode)
 
         def gradient(task: Episode) -> Weights:
@@ -113,7 +114,7 @@ class Proof:
             apart = tf.linalg.global_norm([g[number] - a for g, a in zip(together, alone, strict=True)])
             if apart > 0.01 * tf.linalg.global_norm(alone):
                 raise UserError(
-                    f"{self._model.name!r} with its loss: the gradients of tasks computed at once differ from "
+                    f"{self._model.name!r} with its loss: the gradients of tasks at once differ from "
                     f"those one by one, since TensorFlow batches an operation wrongly, as tf.pad with "
                     f"constant_values. Use vectorize=False."
                 )
@@ -125,7 +126,7 @@ class Proof:
                 f"check_gradient: {self._assembly.kind.__name__} does not follow the gradient of a loss, so "
                 f"that there is nothing to compare."
             )
-        name = self._model.name
+        name, episode = self._model.name, gradient_check.few_of(episode)
         try:
             found = self._in_best_precision(episode)
         except (LookupError, NotImplementedError) as error:

@@ -99,18 +99,19 @@ def pools_that_keep_size(graph: tf.Graph, model: keras.Model) -> list[str]:
     """A line on each max-pooling whose second derivative is 0 in a graph; see `task_axis.pool_apart`."""
     found = []
     for operation in _operations(graph):
-        if operation.type in ("MaxPool", "MaxPoolV2", "MaxPool3D"):
-            before, after = operation.inputs[0].shape[1:], operation.outputs[0].shape[1:]
-            strides = (
-                operation.node_def.attr["strides"].list.i if "strides" in operation.node_def.attr else ()
+        if operation.type in ("MaxPool", "MaxPool3D") and _keeps_size(operation):
+            found.append(
+                f"{_place(operation, model)}max-pooling that keeps the size of its maps, whose second "
+                f"derivative is 0 in TensorFlow's graphs: use keras.layers.MaxPooling2D, or a stride of 2"
             )
-            unknown = not before.is_fully_defined() and operation.get_attr("padding") == b"SAME"
-            if before.is_fully_defined() and before == after or unknown and set(strides) == {1}:
-                found.append(
-                    f"{_place(operation, model)}max-pooling that keeps the size of its maps, whose second "
-                    f"derivative TensorFlow's graphs take for 0: use keras.layers.MaxPooling2D, or a stride of 2"
-                )
     return found
+
+
+def _keeps_size(pool: tf.Operation) -> bool:
+    before, after = pool.inputs[0].shape[1:], pool.outputs[0].shape[1:]
+    if before.is_fully_defined():
+        return before == after
+    return pool.get_attr("padding") == b"SAME" and set(pool.get_attr("strides")) == {1}
 
 
 def _place(operation: tf.Operation, model: keras.Model) -> str:
