@@ -98,13 +98,14 @@ def pool_apart(x: tf.Tensor, size: Sequence[int], strides: Sequence[int], paddin
     """
     ones = all(k == 1 for k in size)
     keeps = all(s == 1 or length == 1 for s, length in zip(strides, x.shape[1:-1], strict=True))
+    format_ = {1: "NWC", 2: "NHWC", 3: "NDHWC"}[len(size)]
     if not keeps or not (ones or padding == "same"):
-        return tf.nn.max_pool(x, size, strides, padding.upper())
+        return tf.nn.max_pool(x, size, strides, padding.upper(), format_)
     if ones:
         return x
     pads = [((k - 1) // 2, k // 2) for k in size]
     x = tf.pad(x, [(0, 0), *pads, (0, 0)], constant_values=x.dtype.min)
-    return tf.nn.max_pool(x, size, strides, "VALID")
+    return tf.nn.max_pool(x, size, strides, "VALID", format_)
 
 
 class Windows(NamedTuple):
