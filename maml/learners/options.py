@@ -182,6 +182,8 @@ def grown(
     if not optimizer.built or not new:
         return optimizer
     larger = type(optimizer).from_config(optimizer.get_config())
+    without_decay = ("_exclude_from_weight_decay", "_exclude_from_weight_decay_pattern")  # no config has them
+    vars(larger).update({name: value for name, value in vars(optimizer).items() if name in without_decay})
     larger.build([*known, *new])
     before = {variable.name: variable for variable in optimizer.variables}
     for variable in larger.variables:

@@ -210,6 +210,35 @@ def test_optimizers_that_scale_losses_or_share_variables_out_step_as_the_one_ins
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
 
 
+def test_weights_without_decay_stay_so_when_saved_and_when_layers_thaw(tmp_path):
+    def moved(one: Learner) -> list[bool]:
+        before = [v.numpy() + 1 for v in one.model.trainable_variables]
+        for variable, value in zip(one.model.trainable_variables, before, strict=True):
+            variable.assign(value)
+        one.fit(TASKS, iterations=1)
+        after = one.model.trainable_variables
+        return [bool(np.abs(v - b).max() > 1e-6) for v, b in zip(after, before, strict=True)]
+
+    optimizer = keras.optimizers.AdamW(1e-9, weight_decay=1e7)
+    optimizer.exclude_from_weight_decay(var_names=["bias"])
+    one = learner(frozen := L.Dense(4, trainable=False), meta_optimizer=optimizer)
+    assert moved(one) == [True, False] * 2
+    one.save(tmp_path / "kept")
+    assert moved(Learner.load(tmp_path / "kept")) == [True, False] * 2
+    frozen.trainable = True
+    assert moved(one) == [True, False] * 3
+
+
+def test_measures_and_losses_that_keras_resolves_otherwise():
+    """Keras' function "accuracy" would compare labels with logits."""
+    one = learner(metrics=["accuracy"])
+    assert set(one.evaluate(TASKS, tasks=1).query) == {"loss", "accuracy"}
+    with pytest.raises(UserError, match="metrics: expected one that says of what, got 'accuracy'"):
+        learner(loss="categorical_hinge", metrics=["accuracy"])
+    with pytest.raises(UserError, match="expected one that is reduced to a scalar"):
+        learner(loss=keras.losses.MeanSquaredError(reduction="none"))
+
+
 def test_learners_one_after_the_other_are_no_retracing(caplog):
     """TensorFlow counts the traces of a function, and would take the methods of all learners for one."""
     for _ in range(6):
