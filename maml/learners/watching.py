@@ -123,7 +123,6 @@ def put_averages(optimizer: keras.optimizers.Optimizer) -> None:
 def _objection(callback: keras.callbacks.Callback, optimizer: keras.optimizers.Optimizer) -> str | None:
     """Why a callback could not do its work, and what to do; None: it can."""
     kinds = keras.callbacks
-    optimizer = getattr(optimizer, "inner_optimizer", optimizer)
     parts = getattr(optimizer, "optimizers", [optimizer])
     if isinstance(callback, kinds.ReduceLROnPlateau | kinds.LearningRateScheduler):
         schedules = keras.optimizers.schedules.LearningRateSchedule

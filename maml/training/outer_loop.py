@@ -77,9 +77,7 @@ class OuterLoop:
             finite = tf.constant(True)
 
         def apply() -> tf.Tensor:
-            # Of an optimizer that divides gradients by the scale of a loss, as Keras' for float16 do.
-            scaled = [self.optimizer.scale_loss(weight) for weight in algorithm.clipped(gradient)]
-            self.optimizer.apply(scaled, algorithm.variables)
+            self.optimizer.apply(algorithm.clipped(gradient), algorithm.variables)
             for variable, value in zip(algorithm.state_variables, state, strict=True):
                 variable.assign(value)
             return tf.zeros_like(norm)
