@@ -37,7 +37,7 @@ def classifier(
     x, y, *_ = learner.to_floating(Episode(*map(tf.constant, (support.pixels, support.labels) * 2)))
     network = learner.network
     count = len(network.trainable_variables)
-    state = tf.function(_after, autograph=False)(learner, x, y, tf.constant(steps))
+    state = tf.function(learner.adapted, autograph=False)(x, y, tf.constant(steps))
     head = None
     if isinstance(learner, Prototypical):
         weights, head = learner.weights()[:count], state.support.numpy().astype(np.float64)
@@ -85,13 +85,3 @@ def write(
     except OSError as error:
         raise Failure(f"cannot write the model ({error.strerror or error}). Use another path.") from error
     return written
-
-
-def _after(learner: Algorithm, x: tf.Tensor, y: tf.Tensor, steps: tf.Tensor):
-    """The state of a task after some steps on its support set."""
-    _, state = tf.while_loop(
-        lambda step, _: step < steps,
-        lambda step, state: (step + 1, learner.step(state, x, y)[0]),
-        (0, learner.begin(learner.weights(), x, y)),
-    )
-    return state

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 import keras
 import tensorflow as tf
 
-from maml.episodes import Episode, EpisodeSpec
+from maml.episodes import Episode, EpisodeSpec, SemiSupervisedEpisode
 from maml.learners.losses import LossFunction, accuracy, cross_entropy, mean_squared_error
 from maml.networks.stateless import Stateless, Weights, added_losses, gradients, takes_integers, tensors_of
+from maml.training.task_map import program_of
 
 if TYPE_CHECKING:
     from maml.settings.settings import Settings
@@ -115,7 +116,7 @@ class Algorithm:
         # A variable, because TensorFlow turns division by a constant into a less exact multiplication.
         self._scale = tf.Variable(float(scale), trainable=False, name="scale")
         self._tasks_at_once = tasks_at_once
-        self.evaluate = tf.function(self._evaluate, reduce_retracing=True, autograph=False)
+        self.evaluate = program_of(self._evaluate, reduce_retracing=True)
 
     @classmethod
     def arguments(cls, settings: "Settings") -> dict[str, object]:
@@ -249,6 +250,20 @@ class Algorithm:
             state, measures = self.step(state, x, y, noise=number)
             history.append(measures)
         return state, history
+
+    def adapted(self, x: tf.Tensor, y: tf.Tensor, steps: tf.Tensor, *unlabeled_x: tf.Tensor) -> State:
+        """The state of a task after some inner steps without noise from θ as it is; called in a graph."""
+        theta = self.weights()
+        if unlabeled_x:
+            begun = self.begin_task(theta, SemiSupervisedEpisode(x, y, x, y, *unlabeled_x))
+        else:
+            begun = self.begin(theta, x, y)
+        _, state = tf.while_loop(
+            lambda step, _: step < steps,
+            lambda step, state: (step + 1, self.step(state, x, y)[0]),
+            (0, begun),
+        )
+        return state
 
     def measure(self, outputs: tf.Tensor, y: tf.Tensor) -> Measures:
         """The loss and, for classification, the accuracy of outputs [n, outputs] against targets y.

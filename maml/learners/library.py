@@ -206,7 +206,7 @@ class Learner(Workings):
         watch = None
         if validation is not None or callbacks:
             test = self._validation(validation, validation_tasks, validation_spec or spec)
-            watch = Watch(self, callbacks, None if validation is None else test, epoch)
+            watch = Watch(self, callbacks, None if validation is None else test, epoch, iterations)
         sizes = dict(meta_batch=meta_batch, iterations=iterations)
         blocks = self._blocks(episodes, spec, split, sizes, check, epoch if watch else None)
         hidden = None if progress is None else not progress

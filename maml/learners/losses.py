@@ -65,6 +65,11 @@ class ScalarLoss:
             function = None
         if not callable(function) or isinstance(function, type):
             raise UserError(f"loss: expected a Keras loss, its name, or a function, got {loss!r}.")
+        if isinstance(function, keras.losses.Loss) and function.reduction in (None, "none"):
+            raise UserError(
+                f"loss: expected one that is reduced to a scalar, got {_name(function)} with reduction "
+                f"{function.reduction!r}. Use reduction='sum_over_batch_size', or 'sum'."
+            )
         self.function = function
         self.dtype = tf.as_dtype(dtype)
         self.name = _name(function)
@@ -84,6 +89,8 @@ class ScalarLoss:
             threshold = 0.0 if (self.from_logits if logits is None else logits) else 0.5
             self.metrics["accuracy"] = lambda y, outputs: accuracy(y, outputs, self.ignored, threshold)
         for metric in metrics:
+            if classification and isinstance(metric, str) and metric in ("accuracy", "acc"):
+                continue  # measured already; Keras' function of that name would compare labels with logits
             name, measured = _metric(metric, self.dtype)
             self.metrics[name] = measured
 
@@ -168,6 +175,11 @@ def accuracy(
 
 def _metric(metric: str | Callable | keras.metrics.Metric, dtype: tf.DType) -> tuple[str, LossFunction]:
     """A name and a function of one task; the metric's own variables are begun anew for every task."""
+    if isinstance(metric, str) and metric in ("accuracy", "acc"):
+        raise UserError(
+            f"metrics: expected one that says of what, got {metric!r}. Use classification=True for integer "
+            f"labels, or 'categorical_accuracy' or 'binary_accuracy'."
+        )
     try:
         found = keras.metrics.get(metric) if isinstance(metric, str) else metric
     except ValueError:

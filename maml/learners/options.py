@@ -91,6 +91,11 @@ def chosen_optimizer(
         return Adam(META_LR if meta_lr is None else meta_lr)
     if not isinstance(given, keras.optimizers.Optimizer):
         raise UserError(f"meta_optimizer: expected an instance of a Keras optimizer, got {given!r}.")
+    if isinstance(given, keras.optimizers.LossScaleOptimizer) or given.loss_scale_factor is not None:
+        raise UserError(
+            f"meta_optimizer: expected one that does not scale losses, got {given.name}, which would divide "
+            f"the meta-gradient by its scale. Use the optimizer inside, without loss_scale_factor."
+        )
     if meta_lr is not None:
         raise UserError(
             f"expected meta_lr or meta_optimizer, got both. Set the learning rate of {given.name}."
@@ -182,6 +187,8 @@ def grown(
     if not optimizer.built or not new:
         return optimizer
     larger = type(optimizer).from_config(optimizer.get_config())
+    without_decay = ("_exclude_from_weight_decay", "_exclude_from_weight_decay_pattern")  # no config has them
+    vars(larger).update({name: value for name, value in vars(optimizer).items() if name in without_decay})
     larger.build([*known, *new])
     before = {variable.name: variable for variable in optimizer.variables}
     for variable in larger.variables:

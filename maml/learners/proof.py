@@ -12,7 +12,9 @@ from maml.learners.gradient_check import GradientCheck
 from maml.learners.losses import Loss, ScalarLoss, check_outputs, is_custom
 from maml.learners.options import Assembly
 from maml.networks import copies, operations
-from maml.networks.checks import is_proven
+from maml.networks.checks import is_batched, is_proven
+from maml.networks.stateless import Weights
+from maml.networks.task_axis import as_axis
 
 
 def check_surroundings() -> None:
@@ -52,7 +54,7 @@ class Proof:
         if self._copied:
             return
         self.head(x)
-        few = tf.nest.map_structure(lambda rows: rows[: gradient_check.ROWS], x)
+        few = gradient_check.few_of(x)
         copies.check_same(self._model, self._model, few, "a second call")
         if self.original is not None:
             copies.check_same(self.original, self._model, few, "the model with exact norms")
@@ -71,6 +73,8 @@ class Proof:
                 f"{self._model.name!r} changes a TensorFlow variable in its call ({assigned[0]}), which "
                 f"tasks must not share. Compute it from the batch at hand."
             )
+        if self._assembly.second_order and (pools := operations.pools_that_keep_size(graph, self._model)):
+            raise UserError(f"{self._model.name!r} has {pools[0]}.")
 
     def output_shape(self, x: object) -> object:
         """The shapes of the outputs for inputs x, their first axis of any size."""
@@ -85,7 +89,35 @@ class Proof:
         algorithm = self._assembly.algorithm(self._model, inner_steps=1)
         if not proven and gradient_check.is_checkable(algorithm):
             self.compared(episode)
+        custom = is_custom(self._assembly.loss) or not is_batched(self._model, as_axis=True)
+        if custom and self._assembly.tasks(self._model).vectorize:
+            self._batched(episode)
         self._checked = True
+
+    def _batched(self, episode: Episode) -> None:
+        """Raises UserError if two tasks at once have other gradients than one by one."""
+        algorithm = self._assembly.algorithm(self._model, inner_steps=1)
+        few = tf.nest.map_structure(tf.convert_to_tensor, gradient_check.few_of(episode))
+        episode = algorithm.to_floating(few)
+        two = tf.nest.map_structure(lambda rows: tf.stack([rows, rows[::-1]]), episode)
+
+        def gradient(task: Episode) -> Weights:
+            return algorithm.task_gradient(algorithm.weights(), task).gradient
+
+        try:
+            with as_axis():
+                together = tf.vectorized_map(gradient, two)
+        except Exception:  # which training meets too, and falls back
+            return
+        for number in range(2):
+            alone = gradient(tf.nest.map_structure(lambda rows, number=number: rows[number], two))
+            apart = tf.linalg.global_norm([g[number] - a for g, a in zip(together, alone, strict=True)])
+            if apart > 0.01 * tf.linalg.global_norm(alone):
+                raise UserError(
+                    f"{self._model.name!r} with its loss: the gradients of tasks at once differ from "
+                    f"those one by one, since TensorFlow batches an operation wrongly, as tf.pad with "
+                    f"constant_values. Use vectorize=False."
+                )
 
     def compared(self, episode: Episode) -> GradientCheck:
         """See `Learner.check_gradient`."""
@@ -94,7 +126,7 @@ class Proof:
                 f"check_gradient: {self._assembly.kind.__name__} does not follow the gradient of a loss, so "
                 f"that there is nothing to compare."
             )
-        name = self._model.name
+        name, episode = self._model.name, gradient_check.few_of(episode)
         try:
             found = self._in_best_precision(episode)
         except (LookupError, NotImplementedError) as error:

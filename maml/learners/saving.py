@@ -51,6 +51,11 @@ def save(learner: "Learner", path: str | os.PathLike) -> None:
         **_described(learner._assembly),
         "optimizer": keras.saving.serialize_keras_object(optimizer),
         "optimized": [places[id(variable)] for variable in optimizer._trainable_variables],
+        "undecayed": [  # which no config has
+            place
+            for place, v in enumerate(optimizer._trainable_variables)
+            if not optimizer._use_weight_decay(v)
+        ],
         "not_adapted": [i for i, layer in enumerate(layers) if vars(layer).get("adapted") is False],
     }
     (folder / "learner.json").write_text(json.dumps(described, indent=2))
@@ -99,7 +104,10 @@ def loaded(
     variables = [*model.variables, *learner.algorithm.extra_variables]
     # In the order in which the saved one came to know them, of layers that have been frozen since too.
     learner.outer.optimizer = type(optimizer).from_config(optimizer.get_config())
-    learner.outer.optimizer.build([variables[place] for place in described["optimized"]])
+    known = [variables[place] for place in described["optimized"]]
+    if undecayed := described.get("undecayed"):
+        learner.outer.optimizer.exclude_from_weight_decay([known[place] for place in undecayed])
+    learner.outer.optimizer.build(known)
     _assign(learner.outer.optimizer.variables, arrays, "optimizer")
     _assign(model.variables, arrays, "model")
     _assign(learner.algorithm.extra_variables, arrays, "extra")

@@ -8,6 +8,7 @@ import tensorflow as tf
 from maml.episodes import Episode
 from maml.training.loop import Phase, Update
 from maml.training.outer_loop import OuterLoop
+from maml.training.task_map import program_of
 
 
 class UnequalTasks:
@@ -15,8 +16,8 @@ class UnequalTasks:
 
     def __init__(self, outer: OuterLoop):
         self._outer = outer
-        self._task = tf.function(self._of_one_task, reduce_retracing=True, autograph=False)
-        self._apply = tf.function(_Mean(outer).meta_step, autograph=False)
+        self._task = program_of(self._of_one_task, reduce_retracing=True)
+        self._apply = program_of(_Mean(outer).meta_step)
 
     def update(self, episodes: Sequence[Episode], phase: Phase, iteration: int) -> Update:
         """One iteration by the mean over the episodes."""

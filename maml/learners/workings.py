@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from maml.episodes import Episode, EpisodeSpec, SemiSupervisedEpisode
 from maml.errors import Failure, UserError
-from maml.learners.base import Algorithm, State
+from maml.learners.base import Algorithm
 from maml.learners.options import (
     Assembly,
     check_whole,
@@ -18,7 +18,7 @@ from maml.learners.options import (
 )
 from maml.learners.proof import Proof, check_surroundings
 from maml.learners.unequal import UnequalTasks
-from maml.learners.watching import Watch
+from maml.learners.watching import Watch, put_averages
 from maml.networks.checks import check_model
 from maml.networks.stateless import Weights
 from maml.training import given
@@ -28,6 +28,7 @@ from maml.training.loop import METATRAIN, Block, Phase, Update, updates
 from maml.training.needs import Arrays, Needs, check_finite
 from maml.training.outer_loop import OuterLoop
 from maml.training.progress import COMPILING, Smoothed
+from maml.training.task_map import program_of
 
 
 class Workings:
@@ -54,9 +55,9 @@ class Workings:
         self.algorithm = self._assembly.algorithm(self.model)
         optimizer = grown(optimizer, self.algorithm.variables)
         self.outer = OuterLoop(self.algorithm, optimizer, self._assembly.tasks(self.model))
-        self._adapt = tf.function(self._adapted, reduce_retracing=True, autograph=False)
+        self._adapt = program_of(self._adapted, reduce_retracing=True)
         self._predict, self._predict_with_unlabeled = (
-            tf.function(self._predicted, reduce_retracing=True, autograph=False) for _ in range(2)
+            program_of(self._predicted, reduce_retracing=True) for _ in range(2)
         )
         self._one_task = UnequalTasks(self.outer)
         self._compiled = False
@@ -114,6 +115,8 @@ class Workings:
                         break
             if watch:
                 watch.end()
+            else:
+                put_averages(self.outer.optimizer)
         return parts
 
     def _validation(
@@ -216,7 +219,7 @@ class Workings:
     def _adapted(self, x: tf.Tensor, y: tf.Tensor, steps: tf.Tensor) -> tuple[Weights, Weights]:
         """The weights after some inner steps on a support set, and the non-trainable values with them."""
         x, y, *_ = self.algorithm.to_floating(Episode(x, y, x, y))
-        state = self._state_after(x, y, steps)
+        state = self.algorithm.adapted(x, y, steps)
         weights = getattr(self.algorithm, "fast_weights", lambda state: state)(state)
         variables = self.model.trainable_variables
         if not isinstance(weights, list) or len(weights) < len(variables):
@@ -233,19 +236,5 @@ class Workings:
         """Outputs of the query set, by the support set's statistics."""
         kind = SemiSupervisedEpisode if unlabeled_x else Episode
         episode = self.algorithm.to_floating(kind(x, y, query_x, y, *unlabeled_x))
-        state = self._state_after(episode.support_x, episode.support_y, steps, *episode[4:])
+        state = self.algorithm.adapted(episode.support_x, episode.support_y, steps, *episode[4:])
         return self.algorithm.outputs(state, episode.query_x, episode.support_x)
-
-    def _state_after(self, x: tf.Tensor, y: tf.Tensor, steps: tf.Tensor, *unlabeled_x: tf.Tensor) -> State:
-        """The task's state after some inner steps."""
-        algorithm, theta = self.algorithm, self.algorithm.weights()
-        if unlabeled_x:
-            begun = algorithm.begin_task(theta, SemiSupervisedEpisode(x, y, x, y, *unlabeled_x))
-        else:
-            begun = algorithm.begin(theta, x, y)
-        _, state = tf.while_loop(
-            lambda step, _: step < steps,
-            lambda step, state: (step + 1, algorithm.step(state, x, y)[0]),
-            (0, begun),
-        )
-        return state

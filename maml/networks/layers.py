@@ -242,11 +242,11 @@ class MaxPool(keras.layers.Layer):
         return (batch, (height + odd) // 2, (width + odd) // 2, channels)
 
     def call(self, x):
+        if is_axis():
+            return max_pool(x, (2, 2), (2, 2), self.padding)
         if self.padding == "same":
             odd = [[0, size % 2] for size in x.shape[1:3]]
             x = tf.pad(x, [[0, 0], *odd, [0, 0]], constant_values=x.dtype.min)
-        if is_axis():
-            return max_pool(x, (2, 2), (2, 2), "valid")
         window = dict(ksize=(1, 2, 2, 1), strides=(1, 2, 2, 1), padding="VALID")
 
         @tf.custom_gradient

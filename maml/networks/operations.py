@@ -8,6 +8,7 @@ import keras
 import tensorflow as tf
 
 from maml.errors import UserError
+from maml.networks.task_axis import Exchanged
 
 _PASSED_OVER = ("Identity", "Reshape", "Cast", "Squeeze", "ExpandDims", "Transpose", "StopGradient")
 _LINEAR = ("MatMul", "BatchMatMulV2", "BiasAdd", "AddV2", "Conv2D", "Einsum")
@@ -47,6 +48,8 @@ SUSPECTS = {
 def traced(model: keras.Model, inputs: object, training: bool = False) -> tf.Graph:
     """The graph of a call, whose `structured_outputs` are the outputs; no variable is changed.
 
+    Max-pools are those that compute in training.
+
     Args:
         model: a built model.
         inputs: a structure of tensors or `tf.TensorSpec`s.
@@ -55,7 +58,7 @@ def traced(model: keras.Model, inputs: object, training: bool = False) -> tf.Gra
     specs = tf.nest.map_structure(lambda x: tf.TensorSpec((None, *x.shape[1:]), x.dtype), inputs)
 
     def call(x):
-        with keras.StatelessScope():
+        with keras.StatelessScope(), Exchanged(model).where_asked():
             return model(x, training=training)
 
     return tf.function(call, autograph=False).get_concrete_function(specs).graph
@@ -81,7 +84,6 @@ def assignments(graph: tf.Graph) -> list[str]:
 
 def suspects(graph: tf.Graph, model: keras.Model) -> list[str]:
     """A line on each operation with a wrong or missing second derivative: its layer, and the remedy."""
-    names = {layer.name for layer in model._flatten_layers(include_self=False)}
     found: dict[str, str] = {}
     for operation in _operations(graph):
         kind = operation.type
@@ -89,11 +91,35 @@ def suspects(graph: tf.Graph, model: keras.Model) -> list[str]:
             kind = "CustomGradient" if kind == "IdentityN" else kind
         if kind in SUSPECTS and kind not in found:
             about, remedy = SUSPECTS[kind]
-            parts = operation.name.split("/")  # TensorFlow numbers names that repeat
-            where = [name for part in parts for name in (part, re.sub(r"_\d+$", "", part)) if name in names]
-            layer = f"layer {where[-1]!r}: " if where else ""
-            found[kind] = f"{layer}{about}: {remedy}"
+            found[kind] = f"{_place(operation, model)}{about}: {remedy}"
     return list(found.values())
+
+
+def pools_that_keep_size(graph: tf.Graph, model: keras.Model) -> list[str]:
+    """A line on each max-pooling whose second derivative is 0 in a graph; see `task_axis.pool_apart`."""
+    found = []
+    for operation in _operations(graph):
+        if operation.type in ("MaxPool", "MaxPool3D") and _keeps_size(operation):
+            found.append(
+                f"{_place(operation, model)}max-pooling that keeps the size of its maps, whose second "
+                f"derivative is 0 in TensorFlow's graphs: use keras.layers.MaxPooling2D, or a stride of 2"
+            )
+    return found
+
+
+def _keeps_size(pool: tf.Operation) -> bool:
+    before, after = pool.inputs[0].shape[1:], pool.outputs[0].shape[1:]
+    if before.is_fully_defined():
+        return before == after
+    return pool.get_attr("padding") == b"SAME" and set(pool.get_attr("strides")) == {1}
+
+
+def _place(operation: tf.Operation, model: keras.Model) -> str:
+    """The layer that an operation is in, with a colon; or nothing."""
+    names = {layer.name for layer in model._flatten_layers(include_self=False)}
+    parts = operation.name.split("/")  # TensorFlow numbers names that repeat
+    where = [name for part in parts for name in (part, re.sub(r"_\d+$", "", part)) if name in names]
+    return f"layer {where[-1]!r}: " if where else ""
 
 
 def missing(error: LookupError) -> str:

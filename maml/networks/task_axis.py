@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, Self
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from maml.errors import UserError
@@ -89,6 +90,24 @@ def max_pool(x: tf.Tensor, size: Sequence[int], strides: Sequence[int], padding:
     return functools.reduce(tf.maximum, tf.split(patches(x, around), math.prod(size), axis=-1))
 
 
+def pool_apart(x: tf.Tensor, size: Sequence[int], strides: Sequence[int], padding: str) -> tf.Tensor:
+    """TensorFlow's max-pooling of maps x [n, …, C], of padded maps where these would keep their size.
+
+    Where they do, a graph hands the kernel of the second derivative one buffer as input and output, which the
+    kernel sets to 0 before it reads it: the second derivative would be 0.
+    """
+    ones = all(k == 1 for k in size)
+    keeps = all(s == 1 or length == 1 for s, length in zip(strides, x.shape[1:-1], strict=True))
+    format_ = {1: "NWC", 2: "NHWC", 3: "NDHWC"}[len(size)]
+    if not keeps or not (ones or padding == "same"):
+        return tf.nn.max_pool(x, size, strides, padding.upper(), format_)
+    if ones:
+        return x
+    pads = [((k - 1) // 2, k // 2) for k in size]
+    x = tf.pad(x, [(0, 0), *pads, (0, 0)], constant_values=x.dtype.min)
+    return tf.nn.max_pool(x, size, strides, "VALID", format_)
+
+
 class Windows(NamedTuple):
     """Windows over maps: those of a convolution or a pool.
 
@@ -144,24 +163,30 @@ class Windows(NamedTuple):
 def patches(x: tf.Tensor, windows: Windows) -> tf.Tensor:
     """The entries of all windows over maps x [n, …, C]: [n, …′, places in a window · C].
 
-    Differentiable any number of times: this is linear, and its adjoint's adjoint is itself. TensorFlow's
-    derivatives of slices would not batch over tasks under XLA.
+    Differentiable any number of times: the derivative is linear, and the adjoint's adjoint is itself.
+    TensorFlow's derivatives of slices would not batch over tasks under XLA.
     """
 
-    @tf.custom_gradient
-    def taken(x: tf.Tensor):
-        return _taken(x, windows), added
+    def taken(windows: Windows) -> Callable:
+        @tf.custom_gradient
+        def rows_of(x: tf.Tensor):
+            return _taken(x, windows), added
+
+        return rows_of
 
     @tf.custom_gradient
     def added(rows: tf.Tensor):
-        return _added(rows, windows), taken
+        return _added(rows, windows), taken(windows._replace(fill=0.0))  # a constant has no derivative
 
-    return taken(x)
+    return taken(windows)(x)
 
 
 def _taken(x: tf.Tensor, windows: Windows) -> tf.Tensor:
     if any(map(any, windows.pads)):
-        x = tf.pad(x, [(0, 0), *windows.pads, (0, 0)], constant_values=windows.fill)
+        x = tf.pad(x, [(0, 0), *windows.pads, (0, 0)])
+        if windows.fill:  # added, since `tf.vectorized_map` pads with zeros whatever the value
+            frame = np.pad(np.zeros(windows.lengths), windows.pads, constant_values=windows.fill)
+            x += tf.constant(frame[np.newaxis, ..., np.newaxis], x.dtype)
     parts = []
     for begin in windows.begins():
         along = zip(begin, windows.counts, windows.strides, strict=True)
@@ -195,7 +220,7 @@ def _added(rows: tf.Tensor, windows: Windows) -> tf.Tensor:
 
 
 class Exchanged:
-    """The layers of a network that compute otherwise within `as_axis`; the network stays as it is."""
+    """The layers of a network that compute otherwise than Keras has them; the network stays as it is."""
 
     def __init__(self, network: keras.Model):
         """Finds them, those inside other layers too."""
@@ -203,9 +228,8 @@ class Exchanged:
 
     @contextlib.contextmanager
     def where_asked(self) -> Iterator[None]:
-        """Within it, and within `as_axis`, the network's convolutions and pools are of this module."""
-        forms = [(layer, _form(layer)) for layer in self._layers if is_axis()]
-        found = [(layer, *form) for layer, form in forms if form is not None]
+        """Within it max-pools are of this module; within `as_axis` too, convolutions as well."""
+        found = [(layer, *form) for layer in self._layers if (form := _form(layer)) is not None]
         for layer, name, function in found:
             vars(layer)[name] = function  # hides the method of its class from this layer alone
         try:
@@ -215,18 +239,9 @@ class Exchanged:
                 vars(layer).pop(name, None)
 
 
-def has_form(layer: keras.layers.Layer) -> bool:
-    """Whether a layer is a convolution that this module has a form of."""
-    return isinstance(layer, _CONVOLUTIONS) and any(
-        type(layer).convolution_op is kind.convolution_op for kind in _CONVOLUTIONS
-    )
-
-
 def is_without_form(layer: keras.layers.Layer) -> bool:
-    """Whether a layer has kernels or windows, and no form here that is known to be exact."""
-    # With padding, Keras' pool and ours have different second derivatives; why is not known.
-    padded = isinstance(layer, _MAX_POOLS) and layer.padding == "same"
-    return padded or isinstance(layer, WITHOUT_FORM)
+    """Whether a layer has kernels or windows, and no form here."""
+    return _has_own(layer, "call", _MAX_POOLS) or isinstance(layer, WITHOUT_FORM)
 
 
 def check_forms(network: keras.Model) -> None:
@@ -235,17 +250,27 @@ def check_forms(network: keras.Model) -> None:
         if is_without_form(layer):
             raise UserError(
                 f"layer {layer.name!r}, {type(layer).__name__}, has no form that computes all tasks at once: "
-                "expected Conv2D, Conv3D or max-pooling without padding. Use vectorize=False (--novectorize)."
+                "expected Conv2D, Conv3D or max-pooling of Keras. Use vectorize=False (--novectorize)."
             )
 
 
 def _form(layer: keras.layers.Layer) -> tuple[str, Callable] | None:
     """The name of a layer's method and what takes its place; None: it stays as it is."""
-    if has_form(layer):
+    if (
+        is_axis()
+        and isinstance(layer, _CONVOLUTIONS)
+        and not _has_own(layer, "convolution_op", _CONVOLUTIONS)
+    ):
         return "convolution_op", functools.partial(_convolution_of, layer)
-    if isinstance(layer, _MAX_POOLS):
+    if isinstance(layer, _MAX_POOLS) and not _has_own(layer, "call", _MAX_POOLS):
         return "call", functools.partial(_max_pool_of, layer)
     return None
+
+
+def _has_own(layer: keras.layers.Layer, method: str, kinds: tuple[type, ...]) -> bool:
+    """Whether a layer is of a class that stands on one of these with a method of its own."""
+    its = getattr(type(layer), method, None)
+    return isinstance(layer, kinds) and all(its is not getattr(kind, method) for kind in kinds)
 
 
 def _convolution_of(layer: keras.layers.Layer, x: tf.Tensor, kernel: tf.Tensor) -> tf.Tensor:
@@ -263,8 +288,8 @@ def _convolution_of(layer: keras.layers.Layer, x: tf.Tensor, kernel: tf.Tensor) 
 
 
 def _max_pool_of(layer: keras.layers.Layer, x: tf.Tensor) -> tf.Tensor:
-    last = _channels_last(layer)
-    y = max_pool(x if last else _moved(x, 1, -1), layer.pool_size, layer.strides, layer.padding)
+    last, pool = _channels_last(layer), max_pool if is_axis() else pool_apart
+    y = pool(x if last else _moved(x, 1, -1), layer.pool_size, layer.strides, layer.padding)
     return y if last else _moved(y, -1, 1)
 
 

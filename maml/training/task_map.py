@@ -1,6 +1,7 @@
 """How the tasks of a meta-batch are laid onto the machine; what is computed of each is the learner's."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, Self
 
@@ -12,6 +13,16 @@ from maml.networks.checks import is_batched
 from maml.networks.task_axis import as_axis, check_forms
 
 Results = Any  # a nested structure of tensors, the same for every task
+
+
+def program_of(function: Callable, **options) -> Callable:
+    """A `tf.function` of a method, whose traces TensorFlow counts for this object alone.
+
+    It warns of what is traced again and again, and would take the methods of several objects for one.
+    AutoGraph is off: it would rewrite every function on the way, Keras' too, which takes longer than the
+    trace, while all loops here are TensorFlow's already.
+    """
+    return tf.function(functools.partial(function), autograph=False, **options)
 
 
 def sees_gpu() -> bool:
@@ -60,13 +71,8 @@ class TaskMap:
         return cls(vectorize, vectorize if jit_compile is None else jit_compile, **rest)
 
     def compiled(self, block: Callable) -> Callable:
-        """A whole block of training as one graph. With several devices XLA compiles each one's part alone.
-
-        Its loops are TensorFlow's already; AutoGraph would rewrite every function on the way, Keras' too,
-        which takes longer than the trace.
-        """
-        jit_compile = self.jit_compile and self.strategy is None
-        return tf.function(block, jit_compile=jit_compile, autograph=False)
+        """A whole block of training as one graph. With several devices XLA compiles each one's part alone."""
+        return program_of(block, jit_compile=self.jit_compile and self.strategy is None)
 
     def mean(self, one_task: Callable[[Episode], Results], episodes: Episode, like: Results) -> Results:
         """The means over a meta-batch of what `one_task` returns; `like`: its shapes, as `tf.TensorSpec`s.

@@ -124,6 +124,12 @@ def constrained(kind: str) -> keras.Model:
     return model
 
 
+def pooled(*pools: L.Layer, shape: tuple[int, ...] = (5, 4, 2)) -> keras.Model:
+    """Pools behind a convolution that keeps the size of its maps."""
+    convolution = {2: L.Conv1D, 3: L.Conv2D}[len(shape)](3, 2, padding="same")
+    return keras.Sequential([keras.Input(shape), convolution, *pools, L.Flatten(), L.Dense(WAY)])
+
+
 def masked(layer: L.Layer, outputs: int = WAY, **head) -> keras.Model:
     """Sequences whose zeros are no words, with an output per word."""
     return keras.Sequential(

@@ -131,6 +131,124 @@ def test_epochs_and_validation_change_no_bit():
         one.fit(TASKS, iterations=1, callbacks=keras.callbacks.TerminateOnNaN())
 
 
+SCHEDULE = keras.optimizers.schedules.ExponentialDecay(0.1, 1, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "callback", "message"),
+    [
+        (
+            lambda: keras.optimizers.SGD(SCHEDULE),
+            lambda: keras.callbacks.ReduceLROnPlateau(),
+            "ReduceLROnPlateau sets the learning rate, .*got sgd.* with ExponentialDecay. Leave out",
+        ),
+        (
+            lambda: keras.optimizers.MultiOptimizer(
+                keras.optimizers.OptimizerMap(keras.optimizers.SGD(SCHEDULE))
+            ),
+            lambda: keras.callbacks.LearningRateScheduler(lambda epoch: 0.1),
+            "LearningRateScheduler sets the learning rate",
+        ),
+        (None, lambda: keras.callbacks.SwapEMAWeights(), "SwapEMAWeights needs averages .*use_ema=True"),
+        (None, lambda: keras.callbacks.BackupAndRestore("x"), r"BackupAndRestore .*Use learner\.save"),
+        (None, lambda: keras.callbacks.EarlyStopping("gradient_norm"), "'gradient_norm' is to rise or fall"),
+    ],
+)
+def test_callbacks_that_could_not_do_their_work_are_refused_before_training(optimizer, callback, message):
+    one = learner(meta_optimizer=optimizer and optimizer())
+    with pytest.raises(UserError, match=message):
+        one.fit(TASKS, iterations=2, validation=TASKS[:1], callbacks=[callback()], epoch=1)
+    assert one.iteration == 0
+
+
+@pytest.mark.parametrize("on_epoch", [False, True])
+@pytest.mark.parametrize("stops", [False, True])
+def test_averages_of_the_weights_are_kept_shown_and_put_in_as_keras_does(on_epoch, stops):
+    """By hand: SGD's weights after every iteration, and their mean with momentum ½."""
+
+    class Seen(keras.callbacks.Callback):
+        weights: list
+
+        def on_test_begin(self, logs=None):
+            self.weights.append(self.model.trainable_variables[0].numpy())
+
+        def on_epoch_end(self, epoch, logs=None):
+            self.model.stop_training = stops and epoch == 1
+
+    plain, each = learner(meta_optimizer=keras.optimizers.SGD(0.5)), []
+    for _ in range(2):
+        plain.fit(TASKS, iterations=1)
+        each.append(plain.model.trainable_variables[0].numpy())
+    averages = [each[0], (each[0] + each[1]) / 2]
+    seen = Seen()
+    seen.weights = []
+    one = learner(meta_optimizer=keras.optimizers.SGD(0.5, use_ema=True, ema_momentum=0.5))
+    callbacks = [keras.callbacks.SwapEMAWeights(swap_on_epoch=on_epoch), seen]
+    one.fit(TASKS, iterations=5 if stops else 2, validation=TASKS[:1], callbacks=callbacks, epoch=1)
+    assert one.iteration == 2
+    np.testing.assert_allclose(seen.weights, averages, rtol=1e-5)
+    np.testing.assert_allclose(one.model.trainable_variables[0], averages[1], rtol=1e-5)
+    other = learner(meta_optimizer=keras.optimizers.SGD(0.5, use_ema=True, ema_momentum=0.5))
+    other.fit(TASKS, iterations=2)  # without callbacks
+    np.testing.assert_allclose(other.model.trainable_variables[0], averages[1], rtol=1e-5)
+
+
+def test_optimizers_around_others_step_as_these_or_are_refused():
+    def sgd(**options):
+        return keras.optimizers.SGD(0.5, **options)
+
+    several = keras.optimizers.MultiOptimizer(keras.optimizers.OptimizerMap(sgd()))
+    plain, other = learner(meta_optimizer=sgd()), learner(meta_optimizer=several)
+    for each in (plain, other):
+        each.fit(TASKS, iterations=2)
+    for a, b in zip(plain.model.variables, other.model.variables, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
+    for scaled in (keras.optimizers.LossScaleOptimizer(sgd()), sgd(loss_scale_factor=64.0)):
+        with pytest.raises(UserError, match="expected one that does not scale losses"):
+            learner(meta_optimizer=scaled)
+
+
+def test_weights_without_decay_stay_so_when_saved_and_when_layers_thaw(tmp_path):
+    def moved(one: Learner) -> list[bool]:
+        before = [v.numpy() + 1 for v in one.model.trainable_variables]
+        for variable, value in zip(one.model.trainable_variables, before, strict=True):
+            variable.assign(value)
+        one.fit(TASKS, iterations=1)
+        after = one.model.trainable_variables
+        return [bool(np.abs(v - b).max() > 1e-6) for v, b in zip(after, before, strict=True)]
+
+    optimizer = keras.optimizers.AdamW(1e-9, weight_decay=1e7)
+    optimizer.exclude_from_weight_decay(var_names=["bias"])
+    one = learner(frozen := L.Dense(4, trainable=False), meta_optimizer=optimizer)
+    assert moved(one) == [True, False] * 2
+    one.save(tmp_path / "kept")
+    assert moved(Learner.load(tmp_path / "kept")) == [True, False] * 2
+    frozen.trainable = True
+    assert moved(one) == [True, False] * 3
+
+
+def test_measures_and_losses_that_keras_resolves_otherwise():
+    """Keras' function "accuracy" would compare labels with logits."""
+    one = learner(metrics=["accuracy"])
+    assert set(one.evaluate(TASKS, tasks=1).query) == {"loss", "accuracy"}
+    with pytest.raises(UserError, match="metrics: expected one that says of what, got 'accuracy'"):
+        learner(loss="categorical_hinge", metrics=["accuracy"])
+    with pytest.raises(UserError, match="expected one that is reduced to a scalar"):
+        learner(loss=keras.losses.MeanSquaredError(reduction="none"))
+
+
+def test_learners_one_after_the_other_are_no_retracing(caplog):
+    """TensorFlow counts the traces of a function, and would take the methods of all learners for one."""
+    for _ in range(6):
+        one = learner()
+        one.fit(TASKS, iterations=1)
+        one.evaluate(TASKS, tasks=2)
+        one.predict(*TASKS[0][:3])
+    unequal = learner()
+    unequal.fit([smaller(task, rows) for rows, task in enumerate(TASKS[:4], 2)], iterations=1)
+    assert "retracing" not in caplog.text
+
+
 # --- Unequal tasks, several inputs and outputs -----------------------------------------------------
 
 

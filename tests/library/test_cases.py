@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from maml import Learner
+from maml.training.task_map import program_of
 from tests.library import models
 from tests.library.oracle import Oracle, directions
 
@@ -47,6 +48,17 @@ LARGE = tuple(
     part + 2**24 if part.dtype.kind == "i" else part for part in models.episode((1,), (1,), words=2)
 )
 IMAGES = models.episode((4, 4, 2))
+MAPS, SERIES = models.episode((5, 4, 2)), models.episode((5, 2))
+POOLS = {
+    "3×3, stride 1": lambda: [L.MaxPooling2D(3, 1, "same")],
+    "3×3, stride 2": lambda: [L.MaxPooling2D(3, 2, "same")],
+    "2×2": lambda: [L.MaxPooling2D(2, padding="same")],
+    "3×1, stride 1": lambda: [L.MaxPooling2D((3, 1), 1, "same")],
+    "down to one place and again": lambda: [L.MaxPooling2D(5, 5, "same"), L.MaxPooling2D(2, 2, "same")],
+    "of one place": lambda: [L.MaxPooling2D(1, 1)],
+    "twice": lambda: [L.MaxPooling2D(2, 1, "same"), L.MaxPooling2D(2, 1, "same")],
+    "valid": lambda: [L.MaxPooling2D(2, 1)],
+}
 BINARY = models.episode(targets="binary")
 ONE_HOT = tuple(np.eye(models.WAY)[part] if i % 2 else part for i, part in enumerate(LABELS))
 
@@ -153,6 +165,23 @@ CASES: dict[str, Case] = {
         LABELS,
     ),
     "several steps": Case(models.regularized, LOGITS, LABELS, {"inner_steps": 3}),
+    **{
+        f"max-pool, {name}": Case(lambda pools=pools: models.pooled(*pools()), LOGITS, MAPS)
+        for name, pools in POOLS.items()
+    },
+    "max-pool, 1D, stride 1": Case(
+        lambda: models.pooled(L.MaxPooling1D(3, 1, "same"), shape=(5, 2)), LOGITS, SERIES
+    ),
+    "average pool, padded, stride 1": Case(
+        lambda: models.pooled(L.AveragePooling2D(3, 1, "same")), LOGITS, MAPS
+    ),
+    "max-pool, channels first": Case(
+        lambda: models.pooled(
+            L.Permute((3, 1, 2)), L.MaxPooling2D(3, 1, "same", data_format="channels_first")
+        ),
+        LOGITS,
+        MAPS,
+    ),
 }
 
 
@@ -167,7 +196,8 @@ def compared(case: Case) -> tuple[dict[str, float], dict[str, float]]:
     episode = learner.algorithm.to_floating(
         tf.nest.map_structure(tf.convert_to_tensor, learner._needs.fitting(case.episode))
     )
-    found = learner.algorithm.task_gradient(learner.algorithm.weights(), episode)
+    # In a graph, as in training: TensorFlow's kernels share buffers there, and have been wrong by it.
+    found = program_of(learner.algorithm.task_gradient)(learner.algorithm.weights(), episode)
     ours = {"query loss": float(found.measures["query_loss"])}
     theirs = {"query loss": judge.query_loss(case.episode)}
     for number, direction in enumerate(directions(model)):

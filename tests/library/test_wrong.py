@@ -64,6 +64,38 @@ def test_a_wrong_second_derivative_is_refused_by_the_name_of_the_operation(name)
         np.testing.assert_array_equal(one, other)
 
 
+class OwnPool(L.MaxPooling2D):
+    def call(self, x):
+        return tf.tanh(super().call(x))
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        lambda: L.Lambda(lambda x: tf.nn.max_pool2d(x, 3, 1, "SAME"), name="mine"),
+        lambda: L.Lambda(lambda x: keras.ops.max_pool(x, 2, 1, "same"), name="mine"),
+        lambda: OwnPool(3, 1, "same", name="mine"),
+    ],
+)
+def test_functions_that_pool_and_keep_the_size_are_refused_since_graphs_have_them_wrong(layer):
+    layers = [keras.Input((4, 4, 2)), L.Conv2D(3, 2), layer(), L.Flatten(), L.Dense(models.WAY)]
+    with pytest.raises(UserError, match="layer 'mine': max-pooling that keeps the size of its maps"):
+        Learner(keras.Sequential(layers), LOGITS, inner_lr=0.2)
+    Learner(keras.Sequential(layers), LOGITS, inner_lr=0.2, first_order=True)
+
+
+def test_a_loss_that_cannot_be_batched_over_tasks_is_refused():
+    """`tf.vectorized_map` pads with zeros whatever the value."""
+
+    def loss(y, outputs):
+        return tf.square(tf.pad(outputs, [[0, 0], [1, 0]], constant_values=3.0) - 1) * tf.reduce_sum(outputs)
+
+    tasks = [models.episode(targets=(1,))] * 4
+    with pytest.raises(UserError, match=r"the gradients of tasks at once differ .*Use vectorize=False"):
+        Learner(models.dense(outputs=1), loss, inner_lr=0.01).fit(tasks, iterations=1)
+    Learner(models.dense(outputs=1), loss, inner_lr=0.01, vectorize=False).fit(tasks, iterations=1)
+
+
 def test_layers_that_resize_are_refused_behind_weights_alone():
     layers = [keras.Input((4, 4, 2)), L.Conv2D(3, 2), L.Resizing(6, 6), L.Flatten(), L.Dense(models.WAY)]
     with pytest.raises(UserError, match="bilinear resizing: give interpolation='nearest'"):
