@@ -179,7 +179,6 @@ def stream_blocks(
     """
     per_block = block * meta_batch
 
-    @tf.autograph.experimental.do_not_convert  # it would rewrite every function of the source
     def draw(b: tf.Tensor) -> Episode:
         episodes = source.sample(spec, split, b * per_block + tf.range(per_block, dtype=tf.int64))
         return tf.nest.map_structure(lambda x: tf.reshape(x, (block, meta_batch, *x.shape[1:])), episodes)
