@@ -14,7 +14,9 @@ import pytest
 import setuptools
 
 import maml
+from maml import tables
 from maml.process import silent_start
+from maml.reports import published
 
 ROOT = pathlib.Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -60,6 +62,16 @@ def test_complete_rows_only():
         rows = [row for row in pages.splitlines() if figure in row or shown in row]
         assert rows, figure
         assert not any(re.search(r"\d of \d+,\d{3}", row) for row in rows), figure
+
+
+def test_every_learner_stands_with_the_figures_of_its_paper():
+    rows = re.findall(r"^\| `(\w+)`[^|]*\| [^|]+\| ([\d.]*) ?\| ([\d.]*) ?\|", README, re.MULTILINE)
+    assert {name for name, *_ in rows} == set(tables.LEARNERS)
+    for name, *shown in rows:
+        figures = [
+            published.LEARNERS.get(name, {}).get((data, 5, 1)) for data in ("omniglot", "miniimagenet")
+        ]
+        assert [float(text) if text else None for text in shown] == [f and f.mean for f in figures], name
 
 
 @pytest.mark.parametrize("address", [None, "https://example.org/them/maml"])
