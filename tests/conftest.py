@@ -13,7 +13,9 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 # The files that take longest: begun last, one of them would keep a worker busy and the other idle.
 FIRST = ("test_devices", "test_interrupted", "test_cli", "test_meta_gradient", "test_sweep", "test_protocol",
-         "test_reproduce", "test_checkpoints", "test_speed", "test_parity")  # fmt: skip
+         "test_reproduce", "test_checkpoints", "test_speed", "test_parity", "test_installation",
+         "test_compare", "test_sources", "test_determinism", "test_tutorial", "test_front", "test_extending",
+         "test_examples")  # fmt: skip
 
 
 def pytest_configure(config: pytest.Config) -> None:

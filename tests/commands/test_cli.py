@@ -171,18 +171,16 @@ def test_oracle_trains_jointly(tmp_path):
 
 
 def test_real_omniglot_trains_resumes_and_tests(data_dir, tmp_path):
+    """That a resumed run has the bits of one that was not is tested on sinusoids, above."""
     flags = (
         "--datasource=omniglot", f"--data_dir={data_dir}", "--update_batch_size=1", "--meta_batch_size=3",
         "--num_test_tasks=4", "--save_interval=2", "--test_num_updates=2", "--num_filters=8",
     )  # fmt: skip
-    maml(tmp_path / "straight", *flags, "--metatrain_iterations=4")
-    maml(tmp_path / "halves", *flags, "--metatrain_iterations=2")
-    done = maml(tmp_path / "halves", *flags, "--metatrain_iterations=4")
+    maml(tmp_path, *flags, "--metatrain_iterations=2")
+    done = maml(tmp_path, *flags, "--metatrain_iterations=4")
     assert "resumed from iteration 2 of 4" in done.stdout
     assert "accuracy, % ± 95 % CI" in done.stdout
     assert "batchnorm/flags --train=False --test_set\n" in done.stdout
-    name = "cls_5.mbs_3.ubs_1.numstep1.updatelr0.4hidden8batchnorm"
-    assert_same_state(checkpoint(tmp_path / "straight" / name, 4), checkpoint(tmp_path / "halves" / name, 4))
     assert "transductive" in done.stdout
 
 

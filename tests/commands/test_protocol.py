@@ -124,12 +124,10 @@ def test_omniglot_has_the_figures_of_main(data_dir, tmp_path):
     ]
     assert len(found) == len(combinations) * 3
     assert_tabled(done.stdout, found, 100, 2)
-    for combination, switches in {
-        ("newest", "20", "6", "True"): ("--test_num_query=6",),
-        ("best", "10", "5", "False"): ("--checkpoint=best", "--test_num_query=5", "--notransductive"),
-    }.items():
-        maml(tmp_path, *flags, *tested, "--train=False", *switches)
-        assert_measured(run, [row for row in found if tuple(row[name] for name in names) == combination])
+    switches = ("--checkpoint=best", "--test_num_query=5", "--notransductive")
+    maml(tmp_path, *flags, *tested, "--train=False", *switches)
+    combination = ("best", "10", "5", "False")
+    assert_measured(run, [row for row in found if tuple(row[name] for name in names) == combination])
 
 
 def test_a_folder_that_is_no_run_or_has_another_name_is_refused(sinusoid, tmp_path):

@@ -81,6 +81,7 @@ def test_omniglot_is_the_same_from_the_originals_resized_tree(resized, expected,
     assert checksum(omniglot.load_omniglot(tmp_path, 0)) == expected
 
 
+@pytest.mark.long
 def test_omniglot_is_the_same_from_tensorflow_datasets(unpacked, expected, tmp_path, monkeypatch):
     """Prepared by the real builder, which gets our copy of the archives instead of the network's."""
     tfds = pytest.importorskip("tensorflow_datasets")

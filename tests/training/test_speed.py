@@ -242,6 +242,7 @@ def test_without_a_gpu_the_benchmark_of_one_says_so():
     assert "--device=gpu: expected a GPU that TensorFlow sees, got none." in line and done.stdout == ""
 
 
+@pytest.mark.long
 def test_the_two_shapes_are_compared_in_a_table_to_paste():
     arguments = ("--workload=sinusoid", "--order=1", "--rounds=1", "--seconds=0.1", "--device=cpu")
     lines = python("-m", "benchmarks.speed", "--shapes", *arguments, timeout=600).stdout.splitlines()[1:-1]
