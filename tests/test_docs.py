@@ -28,8 +28,10 @@ EXAMPLE = "examples/batch_norm_second_derivative.py"
 
 OTHER_PROGRAMS = ("pip ", "uv ", "tensorboard ", "tfds ", "python -m venv ", "/tmp/")
 OTHER_MODULES = {"pytest"}
-OTHER_FLAGS = {"flagfile", "help", "helpshort", "helpfull", "version", "verbosity"}  # absl's
-OTHER_FLAGS.add("tf_xla_persistent_cache_directory")  # TensorFlow's
+OTHER_FLAGS = {
+    *("flagfile", "help", "helpshort", "helpfull", "version", "verbosity"),  # absl's
+    "tf_xla_persistent_cache_directory",  # TensorFlow's
+}
 LIBRARIES = {
     "tf",
     "tfds",

@@ -89,7 +89,7 @@ class ScalarLoss:
             threshold = 0.0 if (self.from_logits if logits is None else logits) else 0.5
             self.metrics["accuracy"] = lambda y, outputs: accuracy(y, outputs, self.ignored, threshold)
         for metric in metrics:
-            if classification and isinstance(metric, str) and metric in ("accuracy", "acc"):
+            if classification and _is_accuracy(metric):
                 continue  # measured already; Keras' function of that name would compare labels with logits
             name, measured = _metric(metric, self.dtype)
             self.metrics[name] = measured
@@ -173,9 +173,14 @@ def accuracy(
     return tf.math.divide_no_nan(tf.reduce_sum(hits * counts), tf.reduce_sum(counts))
 
 
+def _is_accuracy(metric: object) -> bool:
+    """Whether it is the accuracy by the name that does not say of what."""
+    return isinstance(metric, str) and metric in ("accuracy", "acc")
+
+
 def _metric(metric: str | Callable | keras.metrics.Metric, dtype: tf.DType) -> tuple[str, LossFunction]:
     """A name and a function of one task; the metric's own variables are begun anew for every task."""
-    if isinstance(metric, str) and metric in ("accuracy", "acc"):
+    if _is_accuracy(metric):
         raise UserError(
             f"metrics: expected one that says of what, got {metric!r}. Use classification=True for integer "
             f"labels, or 'categorical_accuracy' or 'binary_accuracy'."

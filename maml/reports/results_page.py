@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from maml.reports import charts
-from maml.reports.published import CELLS, LEARNERS, Cell, Figure, title
+from maml.reports.published import CELLS, LEARNERS, NAMES, Cell, Figure, title
 from maml.runs import files, results
 from maml.runs.files import write_page
 from maml.settings.jobs import Job
@@ -23,7 +23,7 @@ of several seeds, of the mean over seeds (lowest–highest). The difference is t
 no figure, to the original re-run: "within" means that it is no larger than the two intervals together. A
 cell trained for fewer iterations than the paper's is not compared.
 """
-OF_LEARNERS = {"omniglot_5way_1shot": "Omniglot", "miniimagenet_5way_1shot": "mini-ImageNet"}
+OF_LEARNERS = ("omniglot", "miniimagenet")  # data sets of the table of learners, at 5-way 1-shot
 COLUMNS = ("experiment", "steps", "paper", "original, re-run", "ours", "difference", "iterations")
 
 
@@ -94,19 +94,20 @@ def _rows(outcome: Outcome) -> Iterator[list[str]]:
 def _every_learner(outcomes: Sequence[Outcome]) -> list[str]:
     """A table of each learner's paper's figures at 5-way 1-shot and ours; empty without any of ours."""
     by_name = {outcome.name: outcome for outcome in outcomes if outcome.entries}
-    if not any(name.startswith(task) for name in by_name for task in OF_LEARNERS):
+    tasks = {data: f"{data}_5way_1shot" for data in OF_LEARNERS}
+    if not any(name.startswith(task) for name in by_name for task in tasks.values()):
         return []
-    head = [f"{data}: {part}" for data in OF_LEARNERS.values() for part in ("paper", "ours", "iterations")]
+    head = [f"{NAMES[data]}: {part}" for data in tasks for part in ("paper", "ours", "iterations")]
     lines = ["## Every learner, 5-way 1-shot: accuracy, %\n", _row(["learner", *head])]
     lines.append(_row(["---"] * (1 + len(head))))
     for learner, figures in LEARNERS.items():
         cells = []
-        for task in OF_LEARNERS:
+        for data, task in tasks.items():
             # MAML's own paper has the first order on mini-ImageNet, under another name.
             names = [f"{task}_{learner}"] + [task] * (learner == "maml")
             names += [f"{task}_first_order"] * (learner == "fomaml")
             outcome = next((by_name[name] for name in names if name in by_name), None)
-            paper = figures.get((task.partition("_")[0], 5, 1))
+            paper = figures.get((data, 5, 1))
             cells += [_shown(paper, True), *(_ours(outcome) if outcome else ("", ""))]
         lines.append(_row([f"`{learner}`", *cells]))
     return [*lines, ""]
