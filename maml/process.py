@@ -1,6 +1,7 @@
-"""Standard output and standard error: a reader that goes (`| head`), a full disk, a noisy start."""
+"""The process: output whose reader goes (`| head`), a full disk, a noisy start, signals, freed memory."""
 
 import contextlib
+import ctypes
 import os
 import signal
 import sys
@@ -149,3 +150,23 @@ def silent_start() -> Iterator[None]:
         finally:
             os.dup2(kept, 2)
             os.close(kept)
+
+
+M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8  # of mallopt(3)
+
+
+def keep_memory() -> None:
+    """Has glibc keep what is freed for what is allocated next; must come before TensorFlow's threads.
+
+    It gives every block over 32 MB, as the maps of a batch of photographs are, back to the system, which
+    clears each page of the next one: a third of the time of an iteration on mini-ImageNet. Nothing is changed
+    with another C library, or where the environment sets its allocator up.
+    """
+    own = "GLIBC_TUNABLES" in os.environ or any(name.startswith("MALLOC_") for name in os.environ)
+    if own or sys.platform != "linux" or "CS_GNU_LIBC_VERSION" not in os.confstr_names:
+        return
+    with contextlib.suppress(AttributeError, OSError):
+        mallopt = ctypes.CDLL(None).mallopt
+        # A thread's own arena holds 64 MB at most: all share one.
+        for parameter, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, -1), (M_ARENA_MAX, 1)):
+            mallopt(parameter, value)

@@ -7,12 +7,13 @@ their weights are meta-learned but not adapted in the inner loop.
 import contextlib
 import contextvars
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import keras
 import tensorflow as tf
 
-from maml.networks.standardise import _mean, standardise
+from maml.networks.pooling import pooled
+from maml.networks.standardise import _mean, affine, standardise, standardised
 from maml.networks.task_axis import is_axis, max_pool
 
 _BY_BATCH = contextvars.ContextVar("batch_statistics", default=False)
@@ -127,22 +128,27 @@ class MovingBatchNorm(keras.layers.Layer):
         """The normalized x [n, …, channels]."""
         if training or _BY_BATCH.get():
             rows = tf.reshape(x, (-1, x.shape[-1]))
-            self._keep(rows, training)
-            y = tf.reshape(standardise(rows, 0, self.epsilon), tf.shape(x))
-        else:
-            y = (x - self.moving_mean) * tf.math.rsqrt(self.moving_variance + self.epsilon)
+            y, *moments = standardised(rows, 0, self.epsilon)
+            if not training:  # a query set is normalized by them: a gradient goes through
+                mean = _mean(rows, 0)
+                moments = mean, _mean(tf.square(rows - mean), 0)
+            self._keep(rows, moments, training)
+            return tf.reshape(self._affine(y), tf.shape(x))
+        return self._affine((x - self.moving_mean) * tf.math.rsqrt(self.moving_variance + self.epsilon))
+
+    def _affine(self, y: tf.Tensor) -> tf.Tensor:
+        if self.scale and self.center and len(y.shape) == 2:
+            return affine(y, tf.convert_to_tensor(self.gamma), tf.convert_to_tensor(self.beta))
         y = y * self.gamma if self.scale else y
         return y + self.beta if self.center else y
 
-    def _keep(self, rows: tf.Tensor, training: bool | None) -> None:
-        rows = tf.stop_gradient(rows) if training else rows
-        mean = _mean(rows, 0)
-        variance = _mean(tf.square(rows - mean), 0)[0]
+    def _keep(self, rows: tf.Tensor, moments: Sequence[tf.Tensor], training: bool | None) -> None:
+        mean, variance = (moment[0] for moment in moments)
         momentum = self.momentum if training else 0
         if training and self.unbiased:
             count = tf.cast(tf.shape(rows)[0], rows.dtype)
             variance *= count / tf.maximum(count - 1, 1)
-        for moving, of_batch in ((self.moving_mean, mean[0]), (self.moving_variance, variance)):
+        for moving, of_batch in ((self.moving_mean, mean), (self.moving_variance, variance)):
             moving.assign(momentum * moving + (1 - momentum) * of_batch)
 
     def get_config(self):
@@ -215,11 +221,7 @@ class LeakyReLU(keras.layers.Layer):
 
 @keras.saving.register_keras_serializable("maml")
 class MaxPool(keras.layers.Layer):
-    """2×2 max-pooling without overlap, as Keras' MaxPooling2D(2), made to be differentiated twice.
-
-    The gradient of TensorFlow's own gradient, MaxPoolGradGrad, is seven times slower on a CPU than
-    summing what the mask of the maxima leaves over, and XLA has none.
-    """
+    """2×2 max-pooling without overlap, as Keras' MaxPooling2D(2), made to be differentiated twice."""
 
     def __init__(self, padding: str = "valid", **kwargs):
         """Takes Keras' arguments.
@@ -247,23 +249,7 @@ class MaxPool(keras.layers.Layer):
         if self.padding == "same":
             odd = [[0, size % 2] for size in x.shape[1:3]]
             x = tf.pad(x, [[0, 0], *odd, [0, 0]], constant_values=x.dtype.min)
-        window = dict(ksize=(1, 2, 2, 1), strides=(1, 2, 2, 1), padding="VALID")
-
-        @tf.custom_gradient
-        def pool(x: tf.Tensor):
-            y = tf.nn.max_pool2d(x, 2, 2, "VALID")
-
-            def to_maxima(values: tf.Tensor) -> tf.Tensor:
-                return tf.raw_ops.MaxPoolGrad(orig_input=x, orig_output=y, grad=values, **window)
-
-            @tf.custom_gradient
-            def gradient(upstream: tf.Tensor):
-                mask = to_maxima(tf.ones_like(y))
-                return to_maxima(upstream), lambda later: 4 * tf.nn.avg_pool2d(mask * later, 2, 2, "VALID")
-
-            return y, gradient
-
-        return pool(x)
+        return pooled(x)
 
 
 def _norm(

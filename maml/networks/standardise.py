@@ -10,7 +10,12 @@ from maml.networks.task_axis import is_axis
 
 
 def standardise(x: tf.Tensor, axis: int, epsilon: float) -> tf.Tensor:
-    """(x − mean) / √(variance + epsilon) of a matrix, over axis 0 or 1, with exact derivatives of any order.
+    """(x − mean) / √(variance + epsilon) of a matrix over axis 0 or 1, with exact derivatives."""
+    return standardised(x, axis, epsilon)[0]
+
+
+def standardised(x: tf.Tensor, axis: int, epsilon: float) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+    """The same, and its mean and biased variance [1, columns] or [rows, 1], constants to derivatives.
 
     `tf.nn.moments`, and with it Keras' BatchNormalization, stops the gradient of the mean inside the
     variance: right once, silently wrong when differentiated twice. Here the first two derivatives are
@@ -27,18 +32,27 @@ def standardise(x: tf.Tensor, axis: int, epsilon: float) -> tf.Tensor:
             found, along_y = gradient(upstream, upstream_scale, *outputs, axis)
             return found, lambda later: second(later, upstream, along_y, *outputs, axis)
 
-        return forward(x, axis, epsilon), lambda dy, dscale: gradient_in_x(dy, dscale, x)
+        return forward(x, axis, epsilon), lambda dy, dscale, *_: gradient_in_x(dy, dscale, x)
 
-    outputs.extend(standardised_and_scale(x))
-    return outputs[0]
+    y, scale, *moments = standardised_and_scale(x)
+    outputs.extend((y, scale))
+    return y, *(tf.stop_gradient(moment) for moment in moments)
+
+
+def affine(y: tf.Tensor, gamma: tf.Tensor, beta: tf.Tensor) -> tf.Tensor:
+    """y·γ + β of a matrix [rows, columns] and γ, β [columns]; the gradients take as few passes as can be."""
+    return _affine_compiled(y, gamma, beta) if _is_large(y) and not is_axis() else y * gamma + beta
 
 
 def _rules(x: tf.Tensor) -> tuple[Callable, ...]:
     """The three rules in the form that suits x: compiled where it is large, or for all tasks at once."""
     if is_axis() and x.shape.num_elements():
         return _IN_BLOCKS  # which XLA fuses with what is around them; a product would take a pass of its own
-    large = (x.shape.num_elements() or 0) >= LARGE_MAP
-    return _COMPILED if large else (_forward, _gradient, _second_gradient)
+    return _COMPILED if _is_large(x) else (_forward, _gradient, _second_gradient)
+
+
+def _is_large(x: tf.Tensor) -> bool:
+    return (x.shape.num_elements() or 0) >= LARGE_MAP
 
 
 def _mean(x: tf.Tensor, axis: int) -> tf.Tensor:
@@ -56,17 +70,24 @@ def _mean(x: tf.Tensor, axis: int) -> tf.Tensor:
 def _mean_in_blocks(x: tf.Tensor, axis: int) -> tf.Tensor:
     """The same for XLA, which fuses a sum, unlike a product, with what computes its terms."""
     count = x.shape[axis]
-    block = next(size for size in range(math.isqrt(count), 0, -1) if count % size == 0)
+    block = _block(count)
     shape = (count // block, block, -1) if axis == 0 else (-1, count // block, block)
     # Dividing twice keeps XLA from making one long sum, which loses float32's digits, of the two.
     return tf.reduce_mean(tf.reduce_mean(tf.reshape(x, shape), axis + 1), axis, keepdims=True)
 
 
+def _block(count: int) -> int:
+    """The largest divisor up to the root."""
+    return next(size for size in range(math.isqrt(count), 0, -1) if count % size == 0)
+
+
 def _forward(x, axis, epsilon, mean=_mean):
-    """The standardized matrix y, and the scale 1/√(variance + epsilon)."""
-    centred = x - mean(x, axis)
-    scale = tf.math.rsqrt(mean(tf.square(centred), axis) + epsilon)
-    return centred * scale, scale
+    """The standardized matrix y, the scale 1/√(variance + epsilon), the mean and the variance."""
+    middle = mean(x, axis)
+    centred = x - middle
+    variance = mean(tf.square(centred), axis)
+    scale = tf.math.rsqrt(variance + epsilon)
+    return centred * scale, scale, middle, variance
 
 
 def _gradient(dy, dscale, y, scale, axis, mean=_mean):
@@ -88,8 +109,18 @@ def _second_gradient(later, dy, along_y, y, scale, axis, mean=_mean):
     return in_dy, -tf.square(scale) * later_along_y, in_x
 
 
+def _affine_in_blocks(y, gamma, beta):
+    """`affine` for XLA: γ and β are spread over blocks of rows, so that their gradients sum in blocks."""
+    rows, columns = y.shape
+    block = _block(rows)
+    # Half and twice, without which XLA would make one long sum of the two.
+    gamma, beta = (tf.broadcast_to(row * 0.5, (rows // block, 1, columns)) * 2 for row in (gamma, beta))
+    return tf.reshape(tf.reshape(y, (rows // block, block, columns)) * gamma + beta, (rows, columns))
+
+
 _IN_BLOCKS = tuple(
     functools.partial(rule, mean=_mean_in_blocks) for rule in (_forward, _gradient, _second_gradient)
 )
 _COMPILED = tuple(tf.function(rule, jit_compile=True) for rule in _IN_BLOCKS)
+_affine_compiled = tf.function(_affine_in_blocks, jit_compile=True)
 LARGE_MAP = 1 << 18

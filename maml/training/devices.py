@@ -12,6 +12,7 @@ from typing import NamedTuple
 import tensorflow as tf
 
 from maml.errors import UserError
+from maml.process import keep_memory
 from maml.settings.settings import Settings
 
 
@@ -95,6 +96,7 @@ def use(settings: Settings) -> Machine:
         large = settings.classification and batched
         tf.config.threading.set_inter_op_parallelism_threads(at_once)
         tf.config.threading.set_intra_op_parallelism_threads(cores if large else max(1, cores // at_once))
+        keep_memory()
         description = f"CPU, {cores} core{'s' * (cores > 1)}"
     description += _precision(settings, gpus)
     if settings.deterministic:
