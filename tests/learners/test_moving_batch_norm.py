@@ -6,12 +6,20 @@ import pytest
 import tensorflow as tf
 
 from maml import MovingBatchNorm
+from maml.networks import standardise
 from maml.networks.conv4 import conv4
 from maml.networks.layers import batch_statistics
 from maml.networks.mlp import mlp
 from maml.networks.stateless import Stateless, gradients
 
 EPSILON = 1e-6  # of central differences
+
+
+@pytest.fixture(params=["plain", "compiled"], autouse=True)
+def every_rule(request, monkeypatch):
+    """Small maps take the plain rules, large ones the compiled; here both are small."""
+    if request.param == "compiled":
+        monkeypatch.setattr(standardise, "LARGE_MAP", 1)
 
 
 def layer_of(rng: np.random.Generator, channels: int, **options) -> MovingBatchNorm:
@@ -149,3 +157,16 @@ def test_backbones_have_no_head():
     assert mlp((5,), None, hidden=(7, 6)).output_shape == (None, 6)
     names = {layer.name for layer in backbone.layers if layer.weights}
     assert names == {f"conv{i + 1}" for i in range(4)} | {f"norm{i}" for i in range(4)}
+
+
+def test_the_gradients_of_scale_and_shift_of_large_maps_keep_the_digits_of_float32():
+    """XLA would join a sum of sums to a long one, which does not."""
+    y = np.maximum(np.random.default_rng(0).normal(size=(35_280, 32)), 0).astype(np.float32) + 0.5
+    gamma, beta = tf.ones(32), tf.zeros(32)
+    with tf.GradientTape() as tape:
+        tape.watch((gamma, beta))
+        value = tf.reduce_sum(tf.square(standardise.affine(tf.constant(y), gamma, beta)))
+    in_gamma, in_beta = tape.gradient(value, (gamma, beta))
+    exact = y.astype(np.float64)
+    np.testing.assert_allclose(in_gamma, 2 * (exact**2).sum(0), rtol=1e-6)
+    np.testing.assert_allclose(in_beta, 2 * exact.sum(0), rtol=1e-6)

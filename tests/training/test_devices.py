@@ -1,7 +1,10 @@
 """Where the tasks run must not matter: parts of the meta-batch, several devices, several processes."""
 
 import json
+import os
+import platform
 import socket
+import subprocess
 import sys
 
 import numpy as np
@@ -255,3 +258,26 @@ if __name__ == "__main__":
         all_tasks_at_once_on_two_devices(compiled=sys.argv[1] == "axis_compiled")
     else:
         on_two_devices(sys.argv[1])
+
+
+FAULTS = """
+import resource
+import numpy as np
+from maml.process import keep_memory
+keep_memory()
+for i in range(3):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    np.empty(20_000_000, np.float32).fill(i)
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another allocator")
+@pytest.mark.parametrize("own", [{}, {"MALLOC_ARENA_MAX": "2"}], ids=["kept", "the user's"])
+def test_a_large_map_has_the_pages_of_the_one_before_unless_the_user_sets_the_allocator_up(own):
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
+    done = subprocess.run(
+        [sys.executable, "-c", FAULTS], env=inherited | own, capture_output=True, text=True, check=True
+    )
+    first, _, third = (int(line) for line in done.stdout.split())
+    assert third > first / 2 if own else third < first / 10
