@@ -37,7 +37,7 @@ class Row(NamedTuple):
         weights: meta-learned numbers.
         seconds, memory: per iteration, and the peak in bytes of the process that trained it; None where
             there is no such record.
-        fitted: what draws its fits, of a regression.
+        fitted: what draws its fits, of a regression; None: it was not loaded.
     """
 
     job: Job
@@ -47,7 +47,7 @@ class Row(NamedTuple):
     weights: int
     seconds: float | None
     memory: int | None
-    fitted: Trained
+    fitted: Trained | None
 
 
 def compare(asked: tuple[list[Job], str, pathlib.Path]) -> None:
@@ -66,9 +66,9 @@ def compare(asked: tuple[list[Job], str, pathlib.Path]) -> None:
     for job in jobs:
         if results.find(job.settings) is None:
             _check(job.settings)
-    for job in jobs:
-        launch.result(job, f"{job.settings.learner}: {job.settings.datasource} {job.settings.task}")
-    rows = [_measured(job) for job in jobs]
+    titles = (f"{job.settings.learner}: {job.settings.datasource} {job.settings.task}" for job in jobs)
+    entries = [launch.result(job, title) for job, title in zip(jobs, titles, strict=True)]
+    rows = [_row(job, entry) for job, entry in zip(jobs, entries, strict=True)]
     page = _page(name, rows, device)
     print(f"\n{page}")
     folder.mkdir(parents=True, exist_ok=True)
@@ -95,24 +95,19 @@ def _check(settings: Settings) -> None:
         raise UserError(f"{settings.learner}: {error}") from error
 
 
-def _measured(job: Job) -> Row:
-    """The checkpoint that the settings choose, on the first test tasks of the seed."""
-    settings = job.settings
+def _row(job: Job, entry: dict) -> Row:
+    """From the run's own records or, for a figure or a run from before they were kept, tested once more."""
+    settings, cost = job.settings, results.read_cost(job.settings.run_dir)
+    spent = cost.get("seconds_per_iteration"), cost.get("peak_memory")
+    if settings.classification and "per_task" in entry and "learned" in cost:
+        values = np.array(entry["per_task"])
+        return Row(job, entry["iterations"], values, settings.tested_steps, cost["learned"], *spent, None)
     print(f"testing {settings.learner} on {settings.num_test_tasks} tasks", flush=True)
     data = load_data(settings)
     algorithm, iteration = trained(settings, from_run=True)
     result = measured(algorithm, data, settings, progress=True)
-    cost = results.read_cost(settings.run_dir)
-    return Row(
-        job,
-        iteration,
-        result.query[result.measure][:, settings.tested_steps],
-        settings.tested_steps,
-        sum(int(np.prod(variable.shape)) for variable in algorithm.variables),
-        cost.get("seconds_per_iteration"),
-        cost.get("peak_memory"),
-        Trained(algorithm, data, settings.tested_steps),
-    )
+    values, steps = result.query[result.measure][:, -1], settings.tested_steps
+    return Row(job, iteration, values, steps, algorithm.learned, *spent, Trained(algorithm, data, steps))
 
 
 def paired(values: np.ndarray, others: np.ndarray) -> tuple[float, float]:

@@ -6,6 +6,7 @@ state of θ and its support set, `step` improves the state, `outputs` predicts w
 takes the rest of the way: means over the tasks of a meta-batch, and the update of θ.
 """
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
@@ -224,6 +225,11 @@ class Algorithm:
     def variables(self) -> list[keras.Variable]:
         """θ's variables."""
         return [*self.network.trainable_variables, *self.extra_variables]
+
+    @property
+    def learned(self) -> int:
+        """How many numbers θ has."""
+        return sum(math.prod(variable.shape) for variable in self.variables)
 
     @property
     def outside_variables(self) -> list[keras.Variable]:

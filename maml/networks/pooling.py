@@ -21,7 +21,7 @@ def pooled(x: tf.Tensor) -> tf.Tensor:
     @tf.custom_gradient
     def pool(x: tf.Tensor):
         y = tf.nn.max_pool2d(x, 2, 2, "VALID")
-        places = place(x, y)
+        places = place(x, *y.shape[1:3])
 
         @tf.custom_gradient
         def gradient(upstream: tf.Tensor):
@@ -37,13 +37,18 @@ def _windows(x: tf.Tensor, height: int, width: int) -> list[tf.Tensor]:
     return [x[:, i : 2 * height : 2, j : 2 * width : 2] for i, j in _ROWS_AND_COLUMNS]
 
 
-def _place(x, y):
-    """Which entry of its window is y [n, h, w, c], 0…3."""
-    found = tf.fill(tf.shape(y), tf.constant(3, tf.uint8))
-    entries = _windows(x, *y.shape[1:3])
-    for i in (2, 1, 0):
-        found = tf.where(entries[i] == y, tf.constant(i, tf.uint8), found)
-    return found
+def _place(x, height, width):
+    """Which entry of its window is the largest, 0…3.
+
+    Entries are compared with each other, not with their maximum: XLA may compute x anew, with other digits.
+    """
+    a, b, c, d = _windows(x, height, width)
+    above, below = (tf.where(left >= right, *_bytes(i)) for left, right, i in ((a, b, 0), (c, d, 2)))
+    return tf.where(tf.maximum(a, b) >= tf.maximum(c, d), above, below)
+
+
+def _bytes(i: int) -> tuple[tf.Tensor, tf.Tensor]:
+    return tf.constant(i, tf.uint8), tf.constant(i + 1, tf.uint8)
 
 
 def _to_maxima(values, places, height, width):

@@ -84,6 +84,8 @@ def write(settings: "Settings", result: "TestResult", iteration: int, device: st
         "measure": result.measure,
         "note": "update0 is measured on the support set, update1… on the query set",
         "results": result.as_json(),
+        # On each task after all steps, so that another learner can be compared task by task.
+        "per_task": [float(value) for value in result.query[result.measure][:, -1]],
         "command": shlex.join(["maml", *sys.argv[1:]]),
         "versions": versions(),
         "hardware": hardware(device),
@@ -118,9 +120,9 @@ def hardware(device: str) -> str:
     return f"{platform.machine()}, {os.cpu_count()} cores; {device}"
 
 
-def write_cost(run_dir: pathlib.Path, seconds_per_iteration: float) -> None:
-    """Keeps what training costs: the time of an iteration, and the peak memory of this process in bytes."""
-    cost = {"seconds_per_iteration": seconds_per_iteration, "peak_memory": peak_memory()}
+def write_cost(run_dir: pathlib.Path, seconds_per_iteration: float, learned: int) -> None:
+    """Keeps what training costs: an iteration's time, this process' peak in bytes, how much is learned."""
+    cost = {"seconds_per_iteration": seconds_per_iteration, "peak_memory": peak_memory(), "learned": learned}
     write_whole(run_dir / "cost.json", json.dumps(cost))
 
 

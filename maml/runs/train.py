@@ -145,7 +145,7 @@ class _Training:
         each = self.progress.seconds_per_iteration()
         if run.chief and each is not None:
             with run.writing("write cost.json"):
-                write_cost(run.dir, each)
+                write_cost(run.dir, each, self._phases[-1].outer.algorithm.learned)
         if int(run.iteration) > self._first:
             waited = self._blocks.seconds / self.progress.seconds()
             print(f"training waited for data {waited:.2%} of the time", flush=True)

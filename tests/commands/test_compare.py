@@ -14,8 +14,9 @@ from maml.commands import arguments, compare
 from maml.datasets.arrays import from_arrays
 from maml.datasets.unlabeled import WithUnlabeled
 from maml.errors import UserError
-from maml.runs import build
+from maml.runs import build, results
 from maml.settings.settings import parse
+from maml.training.evaluate import TestResult
 from tests import forked
 
 TINY = ("--datasource=sinusoid", "--metatrain_iterations=300", "--num_test_tasks=6")
@@ -80,6 +81,20 @@ def test_a_learner_that_is_done_is_not_trained_again(compared):
     again = comparing(folder, *flags)
     assert again.stdout.count("===") == 1 and "=== maml" in again.stdout
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
+
+
+def test_what_a_run_of_classes_has_on_record_is_not_tested_again(tmp_path, monkeypatch):
+    settings = parse([f"--logdir={tmp_path}", "--datasource=omniglot", "--num_test_tasks=3"])
+    settings.run_dir.mkdir()
+    values = np.array([[0.2, 0.4], [0.2, 0.6], [0.2, 1.0]])
+    found = TestResult({"accuracy": values}, {"accuracy": values})
+    results.write(settings, found, 100, "CPU")
+    results.write_cost(settings.run_dir, 0.5, 112_005)
+    for load in ("trained", "load_data", "measured"):
+        monkeypatch.delattr(compare, load)
+    row = compare._row(arguments.jobs.Job((), settings), results.find(settings))
+    assert row.values.tolist() == [0.4, 0.6, 1.0]
+    assert (row.iteration, row.weights, row.seconds) == (100, 112_005, 0.5)
 
 
 def test_the_paired_interval_is_that_of_the_differences():
