@@ -100,6 +100,7 @@ def test_without_validation_only_the_newest_is_shown_aloud(sinusoid, tmp_path):
     assert {row["checkpoint"] for row in rows(run, "val")} == {"newest"}
 
 
+@pytest.mark.long
 def test_omniglot_has_the_figures_of_main(data_dir, tmp_path):
     flags = (
         "--datasource=omniglot", f"--data_dir={data_dir}", "--update_batch_size=6", "--num_filters=8",

@@ -173,7 +173,10 @@ def trained(logdir, iterations: int, *flags: str) -> tuple[Run, object]:
 
 @pytest.mark.parametrize(
     "flags",
-    [("--meta_optimizer=sgd", "--meta_schedule=cosine"), (f"--learner={TOY}", "--meta_schedule=linear")],
+    [
+        pytest.param(("--meta_optimizer=sgd", "--meta_schedule=cosine"), marks=pytest.mark.long),
+        (f"--learner={TOY}", "--meta_schedule=linear"),
+    ],
 )
 def test_interrupted_and_resumed_a_run_is_the_same_to_the_bit(flags, tmp_path):
     straight, phase = trained(tmp_path / "straight", 200, *flags)
