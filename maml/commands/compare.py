@@ -119,7 +119,10 @@ def paired(values: np.ndarray, others: np.ndarray) -> tuple[float, float]:
 def _page(name: str, rows: list[Row], device: str) -> str:
     settings = rows[0].job.settings
     scale, digits, measure = SHOWN["accuracy" if settings.classification else "loss"]
-    queries = "queries per class" if settings.classification else "query points"
+    one = settings.test_num_query == 1
+    queries = ("query" if one else "queries") + " per class"
+    if not settings.classification:
+        queries = "query point" + "s" * (not one)
     lines = [
         f"# {name}: {settings.datasource} {settings.task}",
         "",
