@@ -16,7 +16,7 @@ from maml.datasets.unlabeled import WithUnlabeled
 from maml.errors import UserError
 from maml.runs import build, results
 from maml.settings.settings import parse
-from maml.training.evaluate import TestResult
+from maml.training import evaluate
 from tests import forked
 
 TINY = ("--datasource=sinusoid", "--metatrain_iterations=300", "--num_test_tasks=6")
@@ -87,7 +87,7 @@ def test_what_a_run_of_classes_has_on_record_is_not_tested_again(tmp_path, monke
     settings = parse([f"--logdir={tmp_path}", "--datasource=omniglot", "--num_test_tasks=3"])
     settings.run_dir.mkdir()
     values = np.array([[0.2, 0.4], [0.2, 0.6], [0.2, 1.0]])
-    found = TestResult({"accuracy": values}, {"accuracy": values})
+    found = evaluate.TestResult({"accuracy": values}, {"accuracy": values})
     results.write(settings, found, 100, "CPU")
     results.write_cost(settings.run_dir, 0.5, 112_005)
     for load in ("trained", "load_data", "measured"):
