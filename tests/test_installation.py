@@ -168,6 +168,16 @@ COMMANDS = {
     "--num_classes=5 --update_batch_size=1 --metatrain_iterations=1000 --save_interval=500 --test_set": (
         ("--learners=maml",), 2, "expected --learners of two names or more",
     ),
+    "maml compare --learners=maml,fomaml,reptile,anil,meta_sgd,maml_plus_plus,prototypical,matching,relation,"
+    "siamese --datasource=omniglot --num_classes=5 --update_batch_size=1 --metatrain_iterations=200 "
+    "--save_interval=200 --test_set": (
+        ("--learners=maml",), 2, "expected --learners of two names or more",
+    ),
+    "maml compare --learners=maml,fomaml,reptile,anil,meta_sgd,maml_plus_plus --datasource=miniimagenet "
+    "--num_classes=5 --update_batch_size=1 --metatrain_iterations=60 --save_interval=60 --num_test_tasks=200 "
+    "--test_set": (
+        ("--learners=maml",), 2, "expected --learners of two names or more",
+    ),
     "maml compare --learners=maml,fomaml,reptile,meta_sgd --datasource=sinusoid --update_batch_size=10 "
     "--metatrain_iterations=70000 --test_set": (
         ("--learners=maml",), 2, "expected --learners of two names or more",
