@@ -281,3 +281,16 @@ def test_a_large_map_has_the_pages_of_the_one_before_unless_the_user_sets_the_al
     )
     first, _, third = (int(line) for line in done.stdout.split())
     assert third > first / 2 if own else third < first / 10
+
+
+@pytest.mark.parametrize(
+    ("flags", "large"),
+    [
+        (["--datasource=miniimagenet", "--num_query=15"], True),
+        (["--datasource=omniglot", "--learner=prototypical", "--num_query=5"], True),  # of 60 classes
+        (["--datasource=omniglot"], False),
+        (["--datasource=sinusoid"], False),
+    ],
+)
+def test_memory_is_kept_where_a_map_is_larger_than_glibc_keeps(flags, large):
+    assert (devices._largest_map(settings.parse(flags)) > devices.LARGEST_KEPT) == large
