@@ -66,8 +66,10 @@ def compare(asked: tuple[list[Job], str, pathlib.Path]) -> None:
     for job in jobs:
         if results.find(job.settings) is None:
             _check(job.settings)
-    titles = (f"{job.settings.learner}: {job.settings.datasource} {job.settings.task}" for job in jobs)
-    entries = [launch.result(job, title) for job, title in zip(jobs, titles, strict=True)]
+    entries = [
+        launch.result(job, f"{job.settings.learner}: {job.settings.datasource} {job.settings.task}")
+        for job in jobs
+    ]
     rows = [_row(job, entry) for job, entry in zip(jobs, entries, strict=True)]
     page = _page(name, rows, device)
     print(f"\n{page}")

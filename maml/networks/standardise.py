@@ -41,17 +41,18 @@ def standardised(x: tf.Tensor, axis: int, epsilon: float) -> tuple[tf.Tensor, tf
 
 def affine(y: tf.Tensor, gamma: tf.Tensor, beta: tf.Tensor) -> tf.Tensor:
     """y·γ + β of a matrix [rows, columns] and γ, β [columns]; the gradients take as few passes as can be."""
-    return _affine_compiled(y, gamma, beta) if _is_large(y) and not is_axis() else y * gamma + beta
+    return _affine_compiled(y, gamma, beta) if is_large(y) and not is_axis() else y * gamma + beta
 
 
 def _rules(x: tf.Tensor) -> tuple[Callable, ...]:
     """The three rules in the form that suits x: compiled where it is large, or for all tasks at once."""
     if is_axis() and x.shape.num_elements():
         return _IN_BLOCKS  # which XLA fuses with what is around them; a product would take a pass of its own
-    return _COMPILED if _is_large(x) else (_forward, _gradient, _second_gradient)
+    return _COMPILED if is_large(x) else (_forward, _gradient, _second_gradient)
 
 
-def _is_large(x: tf.Tensor) -> bool:
+def is_large(x: tf.Tensor) -> bool:
+    """Whether a map is worth a compiled rule's call."""
     return (x.shape.num_elements() or 0) >= LARGE_MAP
 
 

@@ -253,13 +253,6 @@ def test_devices_that_cannot_share_the_meta_batch_are_refused(config, message, t
         devices.use(settings.parse(["--meta_batch_size=25"]))
 
 
-if __name__ == "__main__":
-    if sys.argv[1].startswith("axis"):
-        all_tasks_at_once_on_two_devices(compiled=sys.argv[1] == "axis_compiled")
-    else:
-        on_two_devices(sys.argv[1])
-
-
 FAULTS = """
 import resource
 import numpy as np
@@ -294,3 +287,10 @@ def test_a_large_map_has_the_pages_of_the_one_before_unless_the_user_sets_the_al
 )
 def test_memory_is_kept_where_a_map_is_larger_than_glibc_keeps(flags, large):
     assert (devices._largest_map(settings.parse(flags)) > devices.LARGEST_KEPT) == large
+
+
+if __name__ == "__main__":
+    if sys.argv[1].startswith("axis"):
+        all_tasks_at_once_on_two_devices(compiled=sys.argv[1] == "axis_compiled")
+    else:
+        on_two_devices(sys.argv[1])
