@@ -1,8 +1,10 @@
 """Runs the paper's experiments, and writes a page, a table and figures."""
 
 import pathlib
+import shutil
 from collections.abc import Sequence
 
+from maml import tables
 from maml.commands import launch
 from maml.errors import UserError
 from maml.reports import results_page
@@ -12,7 +14,8 @@ from maml.settings import jobs as job_settings
 from maml.settings import parsing
 from maml.settings.jobs import Job
 from maml.settings.own import DEFAULT_LEARNER
-from maml.settings.settings import FLAGS, parse
+from maml.settings.run_name import OF_TEST
+from maml.settings.settings import FLAGS, Settings, as_flagfile, parse
 
 
 def flagfile(cell: str) -> pathlib.Path:
@@ -76,6 +79,8 @@ def reproduce(asked: Sequence[str], *, scale: float, seeds: int, results_dir: pa
             if further := _further(one):
                 print(f"{title}: there are {further:,} iterations already, which the page shows", flush=True)
                 continue
+            if lender := _borrow(one.settings, [runs[seed].settings for runs in jobs.values()]):
+                print(f"{title}: trained as {lender.name}, and tested here", flush=True)
             try:
                 launch.result(one, title)
             except UserError as error:
@@ -86,6 +91,41 @@ def reproduce(asked: Sequence[str], *, scale: float, seeds: int, results_dir: pa
     return failures
 
 
+def _borrow(settings: Settings, others: Sequence[Settings]) -> pathlib.Path | None:
+    """Takes over the checkpoints of a run that has trained the very same to its end, and differs in the test.
+
+    So a metric learner is trained once for all ways that it is tested at.
+
+    Returns:
+        That run's folder; None if there is none, or this one has begun.
+    """
+    own = settings.run_dir
+    if files.saved_iterations(own):
+        return None
+    same = (other.run_dir for other in others if _training(other) == _training(settings))
+    ended = (folder for folder in same if settings.iterations in files.saved_iterations(folder))
+    if lender := next(ended, None):
+        own.mkdir(parents=True, exist_ok=True)
+        for name in ("data", "validation.csv"):
+            shutil.copyfile(lender / name, own / name)
+        files.write_whole(own / "flags", as_flagfile(settings))
+        shutil.copytree(lender / "checkpoints", own / "checkpoints", dirs_exist_ok=True)
+    return lender
+
+
+def _training(settings: Settings) -> dict[str, object]:
+    """What training depends on: equal of settings that differ in the test alone."""
+    of_test = {"num_classes", "update_batch_size", "train_update_batch_size"}
+    of_test |= {"num_test_tasks", "transductive", "checkpoint"}
+    if not tables.learner(settings.learner).steps:
+        of_test |= {"num_updates", "update_lr", "train_update_lr"}
+    values = settings.by_flag
+    values["train_num_classes"] = values.get("train_num_classes") or settings.num_classes
+    values["train_shots"] = values.get("train_shots") or settings.train_update_batch_size
+    read = (name for name in values if name not in of_test and not name.startswith(OF_TEST))
+    return {name: values[name] for name in read}
+
+
 def progress(cells: Sequence[str], scale: float) -> str:
     """A table of cells: data, the papers' figures, hours, iterations done, whether tested.
 
@@ -94,17 +134,20 @@ def progress(cells: Sequence[str], scale: float) -> str:
     """
     rows = [("cell", "data", "paper", "hours", "done", "")]
     overrides = job_settings.given_flags(but=("seed",))
-    for cell in cells:
-        settings = job(cell, scale, overrides).settings
+    of_cells = {cell: job(cell, scale, overrides).settings for cell in cells}
+    for cell, settings in of_cells.items():
         asked, there = settings.iterations, files.saved_iterations(settings.run_dir)
         done = max((iteration for iteration in there if iteration <= asked), default=0)
         left = 1 - done / asked
         hours = CELLS[cell].hours * scale * left
         if each := results.read_cost(settings.run_dir).get("seconds_per_iteration"):
             hours = each * asked * left / 3600
-        tested = "tested" if results.find(settings) else ""
+        note = "tested" if results.find(settings) else ""
+        same = next(name for name, other in of_cells.items() if _training(other) == _training(settings))
+        if same != cell and not done:
+            hours, note = 0, f"trained as {same}"
         paper = ", ".join(map(str, CELLS[cell].paper.values()))
-        rows.append((cell, settings.datasource, paper, f"{hours:.2g}", f"{done:,} of {asked:,}", tested))
+        rows.append((cell, settings.datasource, paper, f"{hours:.2g}", f"{done:,} of {asked:,}", note))
     columns = [
         [f"{text:{side}{max(map(len, column))}}" for text in column]
         for side, column in zip("<<<>><", zip(*rows, strict=True), strict=True)

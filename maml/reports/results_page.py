@@ -9,11 +9,12 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from maml.reports import charts
-from maml.reports.published import CELLS, LEARNERS, NAMES, Cell, Figure, title
+from maml.reports import charts, results_table
+from maml.reports.published import CELLS, LEARNERS, MAML_CELLS, NAMES, Cell, Figure, title
 from maml.runs import files, results
 from maml.runs.files import write_page
 from maml.settings.jobs import Job
+from maml.settings.settings import Settings
 
 HEADER = """# Results
 
@@ -29,26 +30,52 @@ COLUMNS = ("experiment", "steps", "paper", "original, re-run", "ours", "differen
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """A cell, the jobs that give its results, one per seed, and the iterations of the experiment."""
+    """A cell, the jobs that give its results, one per seed, and the iterations of the experiment.
+
+    `kept`: (command, entry) of each seed, of an earlier page whose runs need not be here any more.
+    """
 
     name: str
     jobs: Sequence[Job]
     full_iterations: int
+    kept: Sequence[tuple[str, dict]] = ()
 
     @property
     def cell(self) -> Cell:
         """The experiment."""
         return CELLS[self.name]
 
+    @property
+    def settings(self) -> Settings:
+        """Those of the first seed."""
+        return self.jobs[0].settings
+
     @functools.cached_property
-    def entries(self) -> list[tuple[Job, dict]]:
-        """The jobs that have a result, and that: the one asked for, or the longest trained one."""
-        found = [(job, results.find(job.settings) or results.furthest(job.settings)) for job in self.jobs]
-        return [(job, entry) for job, entry in found if entry]
+    def found(self) -> list[tuple[str, dict]]:
+        """(command, entry) of the jobs that have a result: the one asked for, or the longest trained one."""
+        there = [(job, results.find(job.settings) or results.furthest(job.settings)) for job in self.jobs]
+        return [(_command(job, entry), entry) for job, entry in there if entry]
+
+    @property
+    def is_kept(self) -> bool:
+        """Whether the earlier page is shown: nothing is here, or less trained, or of fewer seeds."""
+        return _extent(self.kept) > _extent(self.found)
+
+    @property
+    def entries(self) -> Sequence[tuple[str, dict]]:
+        """What is shown: (command, entry) of each seed."""
+        return self.kept if self.is_kept else self.found
+
+
+def _extent(entries: Sequence[tuple[str, dict]]) -> tuple[int, int]:
+    return max((entry["trained_iterations"] for _, entry in entries), default=0), len(entries)
 
 
 def write(folder: pathlib.Path, outcomes: Sequence[Outcome]) -> None:
-    """Writes RESULTS.md, results.csv and the figures, from the results there are."""
+    """Writes RESULTS.md, results.csv and the figures, from the results there are and those written before."""
+    table = folder / "results.csv"
+    before = results_table.read(table)
+    outcomes = [dataclasses.replace(outcome, kept=before.get(outcome.name, ())) for outcome in outcomes]
     there = [outcome for outcome in outcomes if outcome.entries]
     lines = [HEADER]
     for group in dict.fromkeys(outcome.cell.group for outcome in there):
@@ -60,12 +87,17 @@ def write(folder: pathlib.Path, outcomes: Sequence[Outcome]) -> None:
         lines += [f"\n![{group}]({path.name})" for path in _figures(folder, group, members)]
         lines.append("")
     lines += _every_learner(outcomes)
-    missing = [outcome.name for outcome in outcomes if not outcome.entries]
-    if missing:
-        lines.append(f"Not run: {', '.join(missing)}.\n")
+    lines += _not_run([outcome.name for outcome in outcomes if not outcome.entries])
     lines += _machines(there)
     write_page(folder / "RESULTS.md", "\n".join(lines))
-    _write_csv(folder / "results.csv", there)
+    results_table.write(table, {outcome.name: outcome.entries for outcome in there})
+
+
+def _not_run(cells: Sequence[str]) -> list[str]:
+    named = [cell for cell in cells if cell in MAML_CELLS]
+    if others := len(cells) - len(named):
+        named.append(f"and {others} cells of other learners (`maml reproduce --list LEARNER`)")
+    return [f"Not run: {', '.join(named)}.\n"] if named else []
 
 
 def _row(cells: Sequence[str]) -> str:
@@ -121,9 +153,9 @@ def _ours(outcome: Outcome) -> tuple[str, str]:
 
 def _note(outcome: Outcome) -> str:
     """Protocol and command of a cell."""
-    job, entry = outcome.entries[0]
+    command, entry = outcome.entries[0]
     protocol = _protocol(entry, len(outcome.entries))
-    return f"- {title(outcome.name)}: {protocol}; `{_command(job, entry)}`"
+    return f"- {title(outcome.name)}: {protocol}; `{command}`"
 
 
 def _figure(entry: dict, steps: int) -> Figure:
@@ -165,7 +197,7 @@ def _difference(ours: Sequence[Figure], reference: Figure, percent: bool) -> str
     return f"{difference:+.{2 if percent else 3}f}, {'within' if within else '**outside**'}"
 
 
-def _iterations(entries: Sequence[tuple[Job, dict]], full: int) -> str:
+def _iterations(entries: Sequence[tuple[str, dict]], full: int) -> str:
     trained = entries[0][1]["trained_iterations"]
     shown = f"{trained:,}"
     if trained < full:
@@ -184,7 +216,7 @@ def _protocol(entry: dict, seeds: int) -> str:
     parts = [f"{asked['tasks']} {classes}", f"{asked['query_per_class']} {queries}"]
     parts += ["transductive"] if asked["transductive"] else []
     order = "first order" if asked["order"] == 1 else "second order"
-    parts.append(asked.get("learner", order))
+    parts.append(asked.get("learner") or order)
     parts.append("best checkpoint" if asked["checkpoint"].startswith("best") else "last checkpoint")
     parts.append(f"{seeds} seeds" if seeds > 1 else f"seed {asked['seed']}")
     return ", ".join(parts)
@@ -200,79 +232,65 @@ def _command(job: Job, entry: dict) -> str:
 def _machines(outcomes: Sequence[Outcome]) -> list[str]:
     """Which hardware and versions the results come from, each once."""
     seen = {
-        (entry["hardware"], ", ".join(f"{name} {version}" for name, version in entry["versions"].items()))
+        (entry["hardware"], results_table.versions(entry))
         for outcome in outcomes
         for _, entry in outcome.entries
     }
     return [f"Run on {hardware}; {versions}." for hardware, versions in sorted(seen)] + [""]
 
 
-def _write_csv(path: pathlib.Path, outcomes: Sequence[Outcome]) -> None:
-    rows = []
-    for outcome in outcomes:
-        for job, entry in outcome.entries:
-            for where, measures in entry["results"].items():
-                for measure, values in measures.items():
-                    for steps, (mean, std, ci95) in enumerate(
-                        zip(values["mean"], values["std"], values["ci95"], strict=True)
-                    ):
-                        row = {"cell": outcome.name, "set": where, "measure": measure, "steps": steps}
-                        row |= {"mean": mean, "std": std, "ci95": ci95, "iterations": entry["iterations"]}
-                        row |= {"trained_iterations": entry["trained_iterations"]} | entry["protocol"]
-                        rows.append(row | {"command": _command(job, entry), "hardware": entry["hardware"]})
-    write_page(path, files.csv_text(rows))
-
-
 # --- Figures ------------------------------------------------------------------------------------------
 
 
 def _figures(folder: pathlib.Path, group: str, members: Sequence[Outcome]) -> list[pathlib.Path]:
-    """Draws what there is to be drawn of a group."""
-    paths = []
+    """Draws what there is to be drawn of a group; what is kept alone stays as it is drawn."""
     stem = re.sub(r"\W+", "_", group.lower().replace("-", ""))
-    if group == "Sinusoid":
-        for outcome in members:
-            fits = outcome.jobs[0].settings.run_dir / "fits.png"
-            if (
-                outcome.name == f"sinusoid_{outcome.jobs[0].settings.update_batch_size}shot"
-                and fits.is_file()
-            ):
-                paths.append(folder / f"{outcome.name}_fits.png")
-                shutil.copyfile(fits, paths[-1])
-    paths.append(folder / f"{stem}_steps.png")
-    charts.draw(paths[-1], _step_panels(members))
-    if panels := [panel for outcome in members if (panel := _iteration_panel(outcome))]:
-        paths.append(folder / f"{stem}_iterations.png")
-        charts.draw(paths[-1], panels)
-    return paths
+    fits = [_fits(folder, outcome) for outcome in members] if group == "Sinusoid" else []
+    steps, iterations = folder / f"{stem}_steps.png", folder / f"{stem}_iterations.png"
+    if not all(outcome.is_kept for outcome in members):
+        charts.draw(steps, _step_panels(members))
+        if panels := [panel for outcome in members if (panel := _iteration_panel(outcome))]:
+            charts.draw(iterations, panels)
+    return [path for path in (*fits, steps, iterations) if path and path.is_file()]
+
+
+def _fits(folder: pathlib.Path, outcome: Outcome) -> pathlib.Path | None:
+    """The picture of a run's fits, copied to the page if the run is here; None of a baseline."""
+    settings = outcome.settings
+    if outcome.name != f"sinusoid_{settings.update_batch_size}shot":
+        return None
+    copied, drawn = folder / f"{outcome.name}_fits.png", settings.run_dir / "fits.png"
+    if drawn.is_file() and not outcome.is_kept:
+        shutil.copyfile(drawn, copied)
+    return copied
 
 
 def _step_panels(members: Sequence[Outcome]) -> list[charts.Panel]:
     """The measure against gradient steps at test, one panel per number of shots and ways (figure 3)."""
     panels: dict[str, list[charts.Line]] = {}
     for outcome in members:
-        job, entry = outcome.entries[0]
+        entry = outcome.entries[0][1]
         measured = entry["results"]["query"][entry["measure"]]
         scale = 100 if entry["measure"] == "accuracy" else 1
-        panel = job.settings.task
+        panel = outcome.settings.task
         label = title(outcome.name).partition(", ")[2] or "MAML"
         mean, ci95 = (scale * np.array(measured[name]) for name in ("mean", "ci95"))
-        if job.settings.baseline == "oracle":
+        if outcome.settings.baseline == "oracle":
             # It knows the task and should not adapt: steps from so sharp a minimum only lead away.
             label, mean, ci95 = "oracle, no step", 0 * mean + mean[0], 0 * ci95 + ci95[0]
         panels.setdefault(panel, []).append(charts.Line(label, range(len(mean)), mean, ci95))
-    y_label = "mean squared error" if not job.settings.classification else "accuracy, %"
+    y_label = "mean squared error" if not outcome.settings.classification else "accuracy, %"
     steps = "gradient steps at test"
     return [charts.Panel(name, steps, y_label, lines) for name, lines in panels.items()]
 
 
 def _iteration_panel(outcome: Outcome) -> charts.Panel | None:
     """Validation before and after adaptation against meta-iterations; None if there was none."""
-    job, entry = outcome.entries[0]
-    rows = files.validations(job.settings.run_dir)
+    settings, entry = outcome.settings, outcome.entries[0][1]
+    rows = files.validations(settings.run_dir)
     measure, scale = (entry["measure"], 100 if entry["measure"] == "accuracy" else 1)
     lines = []
-    trained, tested = job.settings.trained_steps, job.settings.tested_steps
+    trained, tested = settings.trained_steps, settings.tested_steps
     for label, part, step in (
         ("support, before", "support", 0),
         ("query, before", "query", 0),

@@ -218,6 +218,54 @@ def test_the_list_says_beforehand_what_takes_how_long_and_what_is_done(reproduce
     assert all(cell.hours > 0 for cell in CELLS.values())
 
 
+def test_rows_stay_when_their_runs_are_gone(reproduced, tmp_path):
+    """What was measured elsewhere is written again from `results.csv`, to the same page."""
+    logdir, _ = reproduced
+    before = {path.name: path.read_bytes() for path in (logdir / "results").iterdir()}
+    assert len(before) == 5
+    for name, content in before.items():
+        (tmp_path / name).write_bytes(content)
+    elsewhere = [f"--logdir={tmp_path / 'none'}", "--num_test_tasks=10"]
+
+    def write(logdir: str) -> None:
+        of_cells = {cell: reproduce.job(cell, 0.002, [*elsewhere, *logdir]) for cell in CELLS}
+        outcomes = [
+            results_page.Outcome(cell, [job], 500 * job.settings.iterations) for cell, job in of_cells.items()
+        ]
+        results_page.write(tmp_path, outcomes)
+
+    write([])
+    for name, content in before.items():
+        assert (tmp_path / name).read_bytes() == content, name
+    # The longer one of those here and there is shown: with half its iterations left out, the run here.
+    table = (tmp_path / "results.csv").read_text()
+    assert re.search(r",140,140,", table)
+    (tmp_path / "results.csv").write_text(re.sub(r",(140|280),(140|280),", ",70,70,", table))
+    write([])
+    assert rows((tmp_path / "RESULTS.md").read_text())[2][6] == "70 of 70,000"
+    write([f"--logdir={logdir}"])
+    assert rows((tmp_path / "RESULTS.md").read_text())[2][6] in ("140 of 70,000", "280 of 70,000")
+
+
+def test_what_differs_in_the_test_alone_is_trained_once(data_dir, tmp_path):
+    cells = ("omniglot_5way_1shot_matching", "omniglot_20way_5shot_matching", "omniglot_5way_1shot_relation")
+    small = ("--scale=0.0002", f"--data_dir={data_dir}", "--num_filters=4", "--num_test_tasks=2")
+    (tmp_path / "none").mkdir()
+    listed = run(tmp_path / "none", "--list", *cells, *small).stdout
+    assert listed.count("trained as") == 1
+    assert re.search(
+        r"20way_5shot_matching .* 0 of 2  trained as omniglot_5way_1shot_matching$", listed, re.M
+    )
+    done = run(tmp_path, *cells[:2], *small).stdout
+    assert re.search(r"20way_5shot_matching \(2 of 2\): trained as cls_5\.\S*matching\S*, and tested", done)
+    assert done.count("compiling") == 1 and "20-way 5-shot" in done
+    page = rows((tmp_path / "results" / "RESULTS.md").read_text())
+    assert [row[-1] for row in page if "matching" in row[0]][:2] == ["2 of 10,000"] * 2
+    own, borrowed = (reproduce.job(cell, 0.0002, [*small[1:], f"--logdir={tmp_path}"]) for cell in cells[:2])
+    weights = [job.settings.run_dir / "checkpoints" / "model-2.index" for job in (own, borrowed)]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+
+
 def test_cells_have_names_that_can_be_read():
     assert published.title("omniglot_5way_1shot_noconv") == "Omniglot 5-way 1-shot, fully connected"
     assert published.title("miniimagenet_5way_5shot_first_order") == "mini-ImageNet 5-way 5-shot, first order"
