@@ -236,7 +236,7 @@ def _machines(outcomes: Sequence[Outcome]) -> list[str]:
         for outcome in outcomes
         for _, entry in outcome.entries
     }
-    return [f"Run on {hardware}; {versions}." for hardware, versions in sorted(seen)] + [""]
+    return [f"Run on {'; '.join(filter(None, machine))}." for machine in sorted(seen)] + [""]
 
 
 # --- Figures ------------------------------------------------------------------------------------------

@@ -70,7 +70,8 @@ def _begins(entry: dict, row: Mapping[str, str]) -> bool:
 
 
 def _entry(row: Mapping[str, str]) -> dict:
-    named = (part.rsplit(" ", 1) for part in row["versions"].split(", ") if part)
+    # Tables of before had no versions.
+    named = (part.rsplit(" ", 1) for part in row.get("versions", "").split(", ") if part)
     of_protocol = [name for name in row if name not in (*OF_ROW, *OF_RUN)]
     return {
         "protocol": {name: _value(row[name]) for name in of_protocol},
