@@ -248,7 +248,8 @@ def _figures(folder: pathlib.Path, group: str, members: Sequence[Outcome]) -> li
     fits = [_fits(folder, outcome) for outcome in members] if group == "Sinusoid" else []
     steps, iterations = folder / f"{stem}_steps.png", folder / f"{stem}_iterations.png"
     if not all(outcome.is_kept for outcome in members):
-        charts.draw(steps, _step_panels(members))
+        if panels := _step_panels(members):
+            charts.draw(steps, panels)
         if panels := [panel for outcome in members if (panel := _iteration_panel(outcome))]:
             charts.draw(iterations, panels)
     return [path for path in (*fits, steps, iterations) if path and path.is_file()]
@@ -275,6 +276,8 @@ def _step_panels(members: Sequence[Outcome]) -> list[charts.Panel]:
         panel = outcome.settings.task
         label = title(outcome.name).partition(", ")[2] or "MAML"
         mean, ci95 = (scale * np.array(measured[name]) for name in ("mean", "ci95"))
+        if len(mean) == 1:  # of a learner that takes no steps
+            continue
         if outcome.settings.baseline == "oracle":
             # It knows the task and should not adapt: steps from so sharp a minimum only lead away.
             label, mean, ci95 = "oracle, no step", 0 * mean + mean[0], 0 * ci95 + ci95[0]

@@ -379,7 +379,11 @@ def as_flagfile(settings: Settings) -> str:
     left_out = {"train_update_batch_size", "train_update_lr", "test_iter", "checkpoint", "test_ensemble"}
     if settings.learner == DEFAULT_LEARNER:  # as flagfiles were before it had flags
         left_out |= settings.own.keys() - changed(settings).keys()
-    if settings.img_size == settings.dataset.side:  # which may be less than the flag takes
+    of_paper = tables.learner(settings.learner).paper(
+        settings.datasource, settings.num_classes, settings.train_update_batch_size
+    )
+    # The data set's side may be less than the flag takes; without the flag, the paper's would be read.
+    if settings.img_size == settings.dataset.side and "img_size" not in of_paper:
         left_out.add("img_size")
     return "".join(
         f"--{name}={str(value).lower() if isinstance(value, bool) else value}\n"

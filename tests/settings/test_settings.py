@@ -8,7 +8,7 @@ from absl import flags
 
 from maml.errors import UserError
 from maml.settings.flags import of_settings
-from maml.settings.settings import FLAGS, Settings, as_flagfile, resolve
+from maml.settings.settings import FLAGS, Settings, as_flagfile, parse, resolve
 
 # The original's flags: (name, type, default).
 ORIGINAL = [
@@ -279,3 +279,13 @@ def test_the_written_flagfile_repeats_the_run(arguments, tmp_path):
     again, reported = resolve(parse(f"--flagfile={path}"))
     assert again == found
     assert reported == {}
+
+
+def test_the_data_sets_side_is_written_where_a_learners_paper_has_another():
+    """Siamese networks see 105×105; a run of 28×28, Omniglot's own, must be read as that again."""
+    arguments = ["--datasource=omniglot", "--learner=siamese", "--network=conv4", "--img_size=28"]
+    settings = parse(arguments)
+    pairs = as_flagfile(settings).splitlines()
+    assert "--img_size=28" in pairs and parse(pairs) == settings
+    usual = parse(["--datasource=omniglot"])
+    assert not any(pair.startswith("--img_size") for pair in as_flagfile(usual).splitlines())

@@ -24,11 +24,11 @@ from tests.learning import Meta
 SMALL = {
     "conv": dict(
         datasource="omniglot", img_size=16, num_classes=3, num_query=2, num_filters=4, num_updates=2,
-        norm="batch_norm", update_lr=0.1,
+        norm="batch_norm", update_lr=0.1, network="conv4", conv=True,
     ),
     "conv_max_pool": dict(
         datasource="miniimagenet", img_size=16, num_classes=3, num_query=2, num_filters=4, num_updates=2,
-        norm="batch_norm", update_lr=0.1, max_pool=True,
+        norm="batch_norm", update_lr=0.1, max_pool=True, network="conv4", conv=True,
     ),
     "mlp_sinusoid": dict(datasource="sinusoid", norm="None", num_query=5, num_updates=2, update_lr=0.1),
 }  # fmt: skip
@@ -138,6 +138,32 @@ def test_the_plain_loop_and_ours_agree(name, order):
     assert whole > 1e-2
     for a, b in zip(ours, theirs, strict=True):
         assert float(tf.norm(a - b)) <= 1e-4 * max(float(tf.norm(b)), 0.1 * whole)
+
+
+@pytest.mark.parametrize("order", [2, 1])
+@pytest.mark.parametrize("name", SMALL)
+def test_the_peer_in_pytorch_has_the_same_meta_gradient(name, order):
+    torch = pytest.importorskip("torch", reason="PyTorch is not installed: nothing to compare with")
+    from benchmarks import torch_peer
+
+    settings = small(name, order)
+    loop, batch = PlainLoop(settings, network_of(settings)), first_meta_batch(settings)
+    wanted, losses = loop.meta_gradient(batch)
+    network = torch_peer.network_of(settings)
+
+    def in_pytorch(value):
+        """Kernels [3, 3, in, out] and [in, out] with the outputs first."""
+        return np.moveaxis(value, (-1, -2), (0, 1)) if value.ndim > 1 else value
+
+    names = [name for name, _ in network.named_parameters()]
+    values = [in_pytorch(variable.numpy()) for variable in loop.network.trainable_variables]
+    theta = {name: torch.tensor(value, requires_grad=True) for name, value in zip(names, values, strict=True)}
+    loss = torch_peer.meta_loss(settings, network)
+    found, of_peer = torch_peer.meta_gradient(loss, theta, torch_peer.tensors(settings, batch))
+    assert of_peer == pytest.approx({name: float(value) for name, value in losses.items()}, rel=1e-4)
+    scale = max(np.abs(gradient).max() for gradient in wanted)
+    for mine, gradient in zip(found, wanted, strict=True):
+        np.testing.assert_allclose(mine.numpy(), in_pytorch(gradient.numpy()), atol=1e-4 * scale)
 
 
 def test_the_orders_differ():
