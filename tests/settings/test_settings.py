@@ -7,8 +7,9 @@ import pytest
 from absl import flags
 
 from maml.errors import UserError
+from maml.settings import settings as module
 from maml.settings.flags import of_settings
-from maml.settings.settings import FLAGS, Settings, as_flagfile, parse, resolve
+from maml.settings.settings import FLAGS, Settings, as_flagfile, resolve
 
 # The original's flags: (name, type, default).
 ORIGINAL = [
@@ -284,8 +285,8 @@ def test_the_written_flagfile_repeats_the_run(arguments, tmp_path):
 def test_the_data_sets_side_is_written_where_a_learners_paper_has_another():
     """Siamese networks see 105×105; a run of 28×28, Omniglot's own, must be read as that again."""
     arguments = ["--datasource=omniglot", "--learner=siamese", "--network=conv4", "--img_size=28"]
-    settings = parse(arguments)
-    pairs = as_flagfile(settings).splitlines()
-    assert "--img_size=28" in pairs and parse(pairs) == settings
-    usual = parse(["--datasource=omniglot"])
+    found = module.parse(arguments)
+    pairs = as_flagfile(found).splitlines()
+    assert "--img_size=28" in pairs and module.parse(pairs) == found
+    usual = module.parse(["--datasource=omniglot"])
     assert not any(pair.startswith("--img_size") for pair in as_flagfile(usual).splitlines())
