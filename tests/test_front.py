@@ -74,6 +74,25 @@ def test_every_learner_stands_with_the_figures_of_its_paper():
         assert [float(text) if text else None for text in shown] == [f and f.mean for f in figures], name
 
 
+def test_every_learner_stands_with_what_was_measured_here():
+    """Ours with its iterations is the row of all results; after 200 iterations, that of the comparison."""
+    rows = re.findall(r"^\| `(\w+)`(?:[^|]*\|){4} ([^|]*?) ?\| ([\d.]*) ?\|", README, re.MULTILINE)
+    assert {name for name, *_ in rows} == set(tables.LEARNERS)
+    page = (ROOT / "results" / "RESULTS.md").read_text().partition("## Every learner")[2]
+    compared = (ROOT / "docs" / "learners.md").read_text()
+    compared = compared.partition("Gradient and metric learners in one table")[2].partition("## ")[0]
+    shown = 0
+    for name, ours, after_200 in rows:
+        row = re.search(rf"^\| `{name}` \|[^|]*\| ([^|]*?) ?\| ([^|]*?) ?\|", page, re.MULTILINE)
+        figure, iterations = row.groups() if row else ("", "")
+        assert ours == (f"{figure} ({iterations.partition(', tested')[0]})" if figure else ""), name
+        assert not after_200 or re.search(rf"^\| {name}(, [^|]*)? \| \w+ \| {after_200} ±", compared, re.M), (
+            name
+        )
+        shown += bool(after_200)
+    assert shown == 10
+
+
 @pytest.mark.parametrize("address", [None, "https://example.org/them/maml"])
 def test_no_link_of_the_index_page_is_relative(address, monkeypatch):
     monkeypatch.chdir(ROOT)

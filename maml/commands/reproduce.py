@@ -67,11 +67,13 @@ def reproduce(asked: Sequence[str], *, scale: float, seeds: int, results_dir: pa
         What could not be run, in words.
     """
     overrides = job_settings.given_flags(but=("seed",))
-    jobs = {
-        cell: [job(cell, scale, [*overrides, *([f"--seed={seed}"] if seed else [])]) for seed in range(seeds)]
-        for cell in CELLS
-    }
-    full = {cell: job(cell, 1.0, overrides).settings.iterations for cell in CELLS}
+    jobs, full = {}, {}
+    for cell in CELLS:
+        # Of the cells that are not asked for, some cannot take all flags: those rows are of the runs without.
+        given = overrides if cell in asked else _taken(cell, overrides)
+        seeded = [[*given, *([f"--seed={seed}"] if seed else [])] for seed in range(seeds)]
+        jobs[cell] = [job(cell, scale, arguments) for arguments in seeded]
+        full[cell] = job(cell, 1.0, given).settings.iterations
     failures = []
     for number, cell in enumerate(asked, 1):
         for seed, one in enumerate(jobs[cell]):
@@ -89,6 +91,15 @@ def reproduce(asked: Sequence[str], *, scale: float, seeds: int, results_dir: pa
         outcomes = [results_page.Outcome(name, there, full[name]) for name, there in jobs.items()]
         results_page.write(results_dir, outcomes)
     return failures
+
+
+def _taken(cell: str, overrides: Sequence[str]) -> Sequence[str]:
+    """The overrides, or of flags that the cell's settings reject the folder of the runs alone."""
+    try:
+        job(cell, 1.0, overrides)
+    except UserError:
+        return [argument for argument in overrides if argument.startswith(("--logdir=", "--data_dir="))]
+    return overrides
 
 
 def _borrow(settings: Settings, others: Sequence[Settings]) -> pathlib.Path | None:
@@ -114,7 +125,7 @@ def _borrow(settings: Settings, others: Sequence[Settings]) -> pathlib.Path | No
 
 
 def _training(settings: Settings) -> dict[str, object]:
-    """What training depends on: equal of settings that differ in the test alone."""
+    """The settings that training depends on: equal where only the test differs."""
     of_test = {"num_classes", "update_batch_size", "train_update_batch_size"}
     of_test |= {"num_test_tasks", "transductive", "checkpoint"}
     if not tables.learner(settings.learner).steps:

@@ -63,7 +63,7 @@ class Outcome:
 
     @property
     def entries(self) -> Sequence[tuple[str, dict]]:
-        """What is shown: (command, entry) of each seed."""
+        """(command, entry) of each seed, as the page shows them."""
         return self.kept if self.is_kept else self.found
 
 
@@ -250,8 +250,10 @@ def _figures(folder: pathlib.Path, group: str, members: Sequence[Outcome]) -> li
     if not all(outcome.is_kept for outcome in members):
         if panels := _step_panels(members):
             charts.draw(steps, panels)
-        if panels := [panel for outcome in members if (panel := _iteration_panel(outcome))]:
-            charts.draw(iterations, panels)
+        # Of cells that were trained once, the first alone has this validation.
+        panels = {repr(p.lines): p for outcome in reversed(members) if (p := _iteration_panel(outcome))}
+        if panels:
+            charts.draw(iterations, list(panels.values())[::-1])
     return [path for path in (*fits, steps, iterations) if path and path.is_file()]
 
 
@@ -294,12 +296,12 @@ def _iteration_panel(outcome: Outcome) -> charts.Panel | None:
     measure, scale = (entry["measure"], 100 if entry["measure"] == "accuracy" else 1)
     lines = []
     trained, tested = settings.trained_steps, settings.tested_steps
-    for label, part, step in (
-        ("support, before", "support", 0),
-        ("query, before", "query", 0),
-        (f"query, after {trained}", "query", trained),
-        (f"query, after {tested}", "query", tested),
-    ):
+    asked = [("support, before", "support", 0), ("query, before", "query", 0)]
+    for steps in dict.fromkeys((trained, tested)):
+        asked.append((f"query, after {steps}", "query", steps))
+    if not tested:  # the learner takes no steps
+        asked = [("support", "support", 0), ("query", "query", 0)]
+    for label, part, step in asked:
         column = files.tag(measure, part, step)
         points = {i: scale * row[column] for i, row in rows.items() if column in row}
         if points:

@@ -39,12 +39,12 @@ def _rows(cell: str, command: str, entry: dict) -> Iterator[dict[str, object]]:
 
 
 def versions(entry: dict) -> str:
-    """What an entry was measured with, in words."""
+    """The versions that an entry was measured with, in words."""
     return ", ".join(f"{name} {version}" for name, version in entry["versions"].items())
 
 
 def read(path: pathlib.Path) -> dict[str, list[tuple[str, dict]]]:
-    """What `write` was given, but the results per task, which the table has not; empty without a file.
+    """The entries that `write` was given, without the results per task; empty without a file.
 
     A protocol has the keys of all of them, None where a learner has no such flag.
     """
