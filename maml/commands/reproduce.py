@@ -113,7 +113,8 @@ def _borrow(settings: Settings, others: Sequence[Settings]) -> pathlib.Path | No
     own = settings.run_dir
     if files.saved_iterations(own):
         return None
-    same = (other.run_dir for other in others if _training(other) == _training(settings))
+    wanted = _training(settings)
+    same = (other.run_dir for other in others if _training(other) == wanted)
     ended = (folder for folder in same if settings.iterations in files.saved_iterations(folder))
     if lender := next(ended, None):
         own.mkdir(parents=True, exist_ok=True)
@@ -146,6 +147,7 @@ def progress(cells: Sequence[str], scale: float) -> str:
     rows = [("cell", "data", "paper", "hours", "done", "")]
     overrides = job_settings.given_flags(but=("seed",))
     of_cells = {cell: job(cell, scale, overrides).settings for cell in cells}
+    trainings = {cell: _training(settings) for cell, settings in of_cells.items()}
     for cell, settings in of_cells.items():
         asked, there = settings.iterations, files.saved_iterations(settings.run_dir)
         done = max((iteration for iteration in there if iteration <= asked), default=0)
@@ -154,7 +156,7 @@ def progress(cells: Sequence[str], scale: float) -> str:
         if each := results.read_cost(settings.run_dir).get("seconds_per_iteration"):
             hours = each * asked * left / 3600
         note = "tested" if results.find(settings) else ""
-        same = next(name for name, other in of_cells.items() if _training(other) == _training(settings))
+        same = next(name for name, other in trainings.items() if other == trainings[cell])
         if same != cell and not done:
             hours, note = 0, f"trained as {same}"
         paper = ", ".join(map(str, CELLS[cell].paper.values()))
