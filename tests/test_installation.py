@@ -130,6 +130,11 @@ COMMANDS = {
     "maml reproduce omniglot_5way_1shot_reptile": (("--list",), 0, "omniglot_5way_1shot_reptile "),
     "maml reproduce --list reptile": ((), 0, "omniglot_5way_1shot_reptile "),
     "maml reproduce --list leo": ((), 0, "leo"),
+    "maml reproduce prototypical matching": (("--list",), 0, "omniglot_5way_1shot_matching "),
+    "maml --flagfile=flags/omniglot_5way_1shot_matching.flags --distance=euclidean "
+    "--metatrain_iterations=3000": READ,
+    "maml --flagfile=flags/omniglot_5way_1shot_siamese.flags --network=conv4 --img_size=28 "
+    "--metatrain_iterations=8000": READ,
     "maml --adapt=head": (SHORT, 0, "testing iteration 2 on 2 tasks"),
     "maml --datasource=omniglot": NO_OMNIGLOT,
     "maml --datasource=omniglot --num_classes=5 --update_batch_size=1": READ,
