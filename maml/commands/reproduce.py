@@ -13,7 +13,7 @@ from maml.runs import files, results
 from maml.settings import jobs as job_settings
 from maml.settings import parsing
 from maml.settings.jobs import Job
-from maml.settings.own import DEFAULT_LEARNER
+from maml.settings.own import DEFAULT_LEARNER, trained_on
 from maml.settings.run_name import OF_TEST
 from maml.settings.settings import FLAGS, Settings, as_flagfile, parse
 
@@ -132,10 +132,8 @@ def _training(settings: Settings) -> dict[str, object]:
     if not tables.learner(settings.learner).steps:
         of_test |= {"num_updates", "update_lr", "train_update_lr"}
     values = settings.by_flag
-    values["train_num_classes"] = values.get("train_num_classes") or settings.num_classes
-    values["train_shots"] = values.get("train_shots") or settings.train_update_batch_size
-    read = (name for name in values if name not in of_test and not name.startswith(OF_TEST))
-    return {name: values[name] for name in read}
+    values["train_num_classes"], values["train_shots"] = trained_on(settings)
+    return {name: v for name, v in values.items() if name not in of_test and not name.startswith(OF_TEST)}
 
 
 def progress(cells: Sequence[str], scale: float) -> str:

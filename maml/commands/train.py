@@ -16,7 +16,7 @@ from maml.runs.data import first_episode, load_data
 from maml.runs.ensemble import Ensemble, restored
 from maml.runs.folder import Run
 from maml.runs.weights import begin_from
-from maml.settings.own import DEFAULT_LEARNER, changed
+from maml.settings.own import DEFAULT_LEARNER, changed, trained_on
 from maml.settings.settings import RANDOM, Settings
 from maml.training import devices
 from maml.training.progress import WINDOW
@@ -91,10 +91,8 @@ def _test(
 
 def _header(settings: Settings, from_paper: dict[str, object], devices: str) -> str:
     """The header of a run, but for the network, which depends on the data."""
-    way = settings.num_classes if settings.classification else 1
-    support = way * settings.update_batch_size
-    # Metric learners may train with more classes than they are tested with.
-    query = (settings.own.get("train_num_classes") or way) * settings.num_query
+    support = settings.update_batch_size * (settings.num_classes if settings.classification else 1)
+    query = settings.num_query * (trained_on(settings)[0] if settings.classification else 1)
     tasks = "1 task" if settings.meta_batch_size == 1 else f"{settings.meta_batch_size} tasks"
     steps = settings.trained_steps if settings.train else settings.tested_steps
     lines = [f"{settings.learner}: {settings.datasource} {settings.task} on {devices}"]

@@ -8,6 +8,7 @@ from maml.errors import UserError
 from maml.learners.base import Algorithm
 from maml.learners.joint import Joint
 from maml.runs.optimizers import meta_optimizer
+from maml.settings.own import trained_on
 from maml.settings.settings import Settings
 from maml.tables import accepted, learner, load, network
 from maml.training.loop import METATRAIN, PRETRAIN, Phase
@@ -106,10 +107,8 @@ def build_training(
 
 
 def train_spec(settings: Settings) -> EpisodeSpec:
-    """The episodes of meta-training, of which a learner may have ways and shots of its own."""
-    way = settings.own.get("train_num_classes") or settings.num_classes
-    shot = settings.own.get("train_shots") or settings.update_batch_size
-    return EpisodeSpec(way, shot, settings.num_query, settings.seed)
+    """The episodes of meta-training."""
+    return EpisodeSpec(*trained_on(settings), settings.num_query, settings.seed)
 
 
 def test_spec(settings: Settings) -> EpisodeSpec:

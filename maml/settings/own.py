@@ -53,6 +53,12 @@ def changed(settings: "Settings") -> dict[str, object]:
     return {name: value for name, value in settings.own.items() if value != usual.get(name, value)}
 
 
+def trained_on(settings: "Settings") -> tuple[int, int]:
+    """N and K of the training episodes, of which a learner may have its own."""
+    way = settings.own.get("train_num_classes") or settings.num_classes
+    return way, settings.own.get("train_shots") or settings.train_update_batch_size
+
+
 def flags_of(learner: str) -> Sequence[Flag]:
     """The flags that only this learner reads. Imports its class, unless it is the default.
 

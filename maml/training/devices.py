@@ -13,6 +13,7 @@ import tensorflow as tf
 
 from maml.errors import UserError
 from maml.process import keep_memory
+from maml.settings.own import trained_on
 from maml.settings.settings import Settings
 
 LARGEST_KEPT = 1 << 25  # bytes of the largest block that glibc keeps by itself
@@ -118,8 +119,7 @@ def _largest_map(settings: Settings) -> int:
     shape = settings.input_shape or ()
     if len(shape) != 3 or not settings.conv:
         return 0
-    way = settings.own.get("train_num_classes") or settings.num_classes
-    shots = settings.own.get("train_shots") or settings.update_batch_size
+    way, shots = trained_on(settings)
     pixels = shape[0] * shape[1] // (1 if settings.max_pool else 4)
     return 4 * way * (shots + settings.num_query) * pixels * settings.num_filters
 
