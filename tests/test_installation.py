@@ -142,6 +142,8 @@ COMMANDS = {
     "--test_set --mixed_precision": READ,
     "maml --datasource=miniimagenet --num_classes=5": READ,
     "maml --datasource=miniimagenet --num_classes=5 --update_batch_size=1": READ,
+    "maml --datasource=miniimagenet --num_classes=5 --update_batch_size=5 --num_query=15 --meta_batch_size=64 "
+    "--metatrain_iterations=2 --num_test_tasks=2 --nolog": READ,
     "maml prepare miniimagenet": NO_MINI,
     "maml show_episodes --datasource=omniglot --out=episodes.png": NO_OMNIGLOT,
     "maml --datasource=folder --data_dir=DIR --update_batch_size=1": (
