@@ -56,7 +56,7 @@ def changed(settings: "Settings") -> dict[str, object]:
 def trained_on(settings: "Settings") -> tuple[int, int]:
     """N and K of the training episodes, of which a learner may have its own."""
     way = settings.own.get("train_num_classes") or settings.num_classes
-    return way, settings.own.get("train_shots") or settings.train_update_batch_size
+    return way, settings.own.get("train_shots") or settings.update_batch_size
 
 
 def flags_of(learner: str) -> Sequence[Flag]:
