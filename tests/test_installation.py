@@ -142,8 +142,8 @@ COMMANDS = {
     "--test_set --mixed_precision": READ,
     "maml --datasource=miniimagenet --num_classes=5": READ,
     "maml --datasource=miniimagenet --num_classes=5 --update_batch_size=1": READ,
-    "maml --datasource=miniimagenet --num_classes=5 --update_batch_size=5 --num_query=15 --meta_batch_size=64 "
-    "--metatrain_iterations=2 --num_test_tasks=2 --nolog": READ,
+    "maml --datasource=miniimagenet --num_classes=5 --update_batch_size=5 --num_query=15 "
+    "--meta_batch_size=64 --metatrain_iterations=2 --num_test_tasks=2 --nolog": READ,
     "maml --flagfile=flags/miniimagenet_5way_1shot.flags --metatrain_iterations=0 --checkpoint=newest "
     "--init_from=DIR/original_checkpoint/model59000": (
         (), 2, "--init_from=DIR/original_checkpoint/model59000: expected a run folder",

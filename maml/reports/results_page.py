@@ -5,7 +5,7 @@ import functools
 import pathlib
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -251,7 +251,8 @@ def _figures(folder: pathlib.Path, group: str, members: Sequence[Outcome]) -> li
         if panels := _step_panels(members):
             charts.draw(steps, panels)
         # Of cells that were trained once, the first alone has this validation.
-        panels = {repr(p.lines): p for outcome in reversed(members) if (p := _iteration_panel(outcome))}
+        drawn = (_iteration_panel(outcome, _validations(folder, outcome)) for outcome in reversed(members))
+        panels = {repr(panel.lines): panel for panel in drawn if panel}
         if panels:
             charts.draw(iterations, list(panels.values())[::-1])
     return [path for path in (*fits, steps, iterations) if path and path.is_file()]
@@ -289,10 +290,18 @@ def _step_panels(members: Sequence[Outcome]) -> list[charts.Panel]:
     return [charts.Panel(name, steps, y_label, lines) for name, lines in panels.items()]
 
 
-def _iteration_panel(outcome: Outcome) -> charts.Panel | None:
-    """Validation before and after adaptation against meta-iterations; None if there was none."""
+def _validations(folder: pathlib.Path, outcome: Outcome) -> dict[int, dict[str, float]]:
+    """The rows of the run's `validation.csv`, of which the page has a copy for when the run is gone."""
+    kept, here = folder / "curves" / outcome.name, outcome.settings.run_dir / "validation.csv"
+    if here.is_file() and not outcome.is_kept:
+        kept.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(here, kept / here.name)
+    return files.validations(kept)
+
+
+def _iteration_panel(outcome: Outcome, rows: Mapping[int, Mapping[str, float]]) -> charts.Panel | None:
+    """Validation before and after adaptation against meta-iterations; None if there was one or none."""
     settings, entry = outcome.settings, outcome.entries[0][1]
-    rows = files.validations(settings.run_dir)
     measure, scale = (entry["measure"], 100 if entry["measure"] == "accuracy" else 1)
     lines = []
     trained, tested = settings.trained_steps, settings.tested_steps

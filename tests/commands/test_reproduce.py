@@ -4,6 +4,7 @@ import csv
 import json
 import pathlib
 import re
+import shutil
 import types
 
 import pytest
@@ -218,33 +219,43 @@ def test_the_list_says_beforehand_what_takes_how_long_and_what_is_done(reproduce
     assert all(cell.hours > 0 for cell in CELLS.values())
 
 
-def test_rows_stay_when_their_runs_are_gone(reproduced, tmp_path):
+def test_rows_and_curves_stay_when_their_runs_are_gone(reproduced, tmp_path, monkeypatch):
     """What was measured elsewhere is written again from `results.csv`, to the same page."""
     logdir, _ = reproduced
-    before = {path.name: path.read_bytes() for path in (logdir / "results").iterdir()}
-    assert len(before) == 5
-    for name, content in before.items():
-        (tmp_path / name).write_bytes(content)
+    page = tmp_path / "page"
+    shutil.copytree(logdir / "results", page)
+    before = {path: path.read_bytes() for path in page.rglob("*") if path.is_file()}
+    curves = [path.relative_to(page).as_posix() for path in before if path.name == "validation.csv"]
+    assert len(before) == 5 + len(curves) and "curves/sinusoid_5shot_pretrained/validation.csv" in curves
     elsewhere = [f"--logdir={tmp_path / 'none'}", "--num_test_tasks=10"]
 
-    def write(logdir: str) -> None:
+    def write(logdir: list[str]) -> None:
         of_cells = {cell: reproduce.job(cell, 0.002, [*elsewhere, *logdir]) for cell in CELLS}
         outcomes = [
             results_page.Outcome(cell, [job], 500 * job.settings.iterations) for cell, job in of_cells.items()
         ]
-        results_page.write(tmp_path, outcomes)
+        results_page.write(page, outcomes)
 
     write([])
-    for name, content in before.items():
-        assert (tmp_path / name).read_bytes() == content, name
+    for path, content in before.items():
+        assert path.read_bytes() == content, path
     # The longer one of those here and there is shown: with half its iterations left out, the run here.
-    table = (tmp_path / "results.csv").read_text()
+    table = (page / "results.csv").read_text()
     assert re.search(r",140,140,", table)
-    (tmp_path / "results.csv").write_text(re.sub(r",(140|280),(140|280),", ",70,70,", table))
+    (page / "results.csv").write_text(re.sub(r",(140|280),(140|280),", ",70,70,", table))
     write([])
-    assert rows((tmp_path / "RESULTS.md").read_text())[2][6] == "70 of 70,000"
+    assert rows((page / "RESULTS.md").read_text())[2][6] == "70 of 70,000"
+    # One of two runs is here: the other's curve is drawn from the copy.
+    drawn = {}
+    monkeypatch.setattr(results_page.charts, "draw", lambda path, panels: drawn.update({path.name: panels}))
+    one = reproduce.job("sinusoid_5shot_pretrained", 0.002, [f"--logdir={logdir}"]).settings
+    shutil.copytree(one.run_dir, tmp_path / "one" / one.folder_name)
+    write([f"--logdir={tmp_path / 'one'}"])
+    assert rows((page / "RESULTS.md").read_text())[2][6] == "70 of 70,000"
+    titles = [panel.title for panel in drawn["sinusoid_iterations.png"]]
+    assert titles == ["sinusoid 5-shot", "sinusoid 5-shot, pretrained"]
     write([f"--logdir={logdir}"])
-    assert rows((tmp_path / "RESULTS.md").read_text())[2][6] in ("140 of 70,000", "280 of 70,000")
+    assert rows((page / "RESULTS.md").read_text())[2][6] in ("140 of 70,000", "280 of 70,000")
 
 
 def test_what_differs_in_the_test_alone_is_trained_once(data_dir, tmp_path):
