@@ -35,11 +35,12 @@ class Relation(Metric):
     """Learns to compare: a second network scores a query's map against the sum of a class' support maps.
 
     As in the authors' code: support and query set go through the embedding module one after the other, each
-    by its own batch statistics; maps of a class are summed over its shots; a pair is class first, query
-    second, and all pairs are one batch; the loss is the mean squared error of the scores; each module's
-    gradient is clipped by itself. The authors test by batch statistics, so that a prediction depends on the
-    other queries; `test_statistics="moving"` does not. The authors also choose the model on the test classes,
-    and normalize all images by the mean 0.92206 and the deviation 0.08426: neither is done here.
+    by its own batch statistics; maps of a class are summed over its shots; a pair C(f(x_i), f(x_j)) is class
+    first, query second, and all pairs are one batch; the loss is the mean squared error of the scores; each
+    module's gradient is clipped by itself. The authors test by batch statistics, so that a prediction
+    depends on the other queries; `test_statistics="moving"` does not. The authors also choose the model on
+    the test classes, and normalize all images by the mean 0.92206 and the deviation 0.08426: neither is done
+    here.
     """
 
     own_loss = staticmethod(squared_error)
@@ -86,14 +87,13 @@ class Relation(Metric):
             options: see `Metric`.
         """
         super().__init__(network, loss, test_statistics=test_statistics, **options)
-        *size, channels = network.output_shape[1:]
-        dtype = network.trainable_variables[0].dtype
+        features = network.output_shape[1:]
         self.module = relation_module(
-            (*size, 2 * channels),
-            filters=channels,
+            features,
+            filters=features[-1],
             units=relation_units,
             padding=relation_padding,
-            dtype=dtype,
+            dtype=network.trainable_variables[0].dtype,
         )
         self.semantic = semantic
         self.described = None if semantic is None else tuple(semantic.input_shape)
@@ -106,13 +106,6 @@ class Relation(Metric):
     def summarized(self, embedding: tf.Tensor, labels: tf.Tensor, classes: int | tf.Tensor) -> State:
         """Maps summed over the shots of each class, [N, H, W, C]."""
         return class_sums(embedding, labels, classes)[0]
-
-    def pairs(self, classes: tf.Tensor, queries: tf.Tensor) -> tf.Tensor:
-        """C(f(x_i), f(x_j)) of every query and class: [n·N, H, W, 2C] of [N, H, W, C] and [n, H, W, C]."""
-        count, queried = tf.shape(classes)[0], tf.shape(queries)[0]
-        shape = tf.concat([[queried, count], tf.shape(classes)[1:]], 0)
-        pairs = [tf.broadcast_to(classes[tf.newaxis], shape), tf.broadcast_to(queries[:, tf.newaxis], shape)]
-        return tf.reshape(tf.concat(pairs, -1), (-1, *self.module.input_shape[1:]))
 
     def compared(self, state: Embedded, embedding: tf.Tensor) -> tf.Tensor:
         """Relation scores r [n, N] in (0, 1), equation 1, at test."""
@@ -165,7 +158,7 @@ class Relation(Metric):
             queries, values = images.by_batch(network, episode.query_x, noise=0)
         labels = episode.support_y
         classes = self.summarized(support, labels, self.train_num_classes or tf.reduce_max(labels) + 1)
-        logits, of_module = relation.by_batch(module, self.pairs(classes, queries), noise=0)
+        logits, of_module = relation.by_batch(module, [classes, queries], noise=0)
         measures = self.measure(_as_scores(logits, queries), episode.query_y)
         moved = [(self.network, values), (self.module, of_module)]
         if self.semantic is not None:
@@ -191,14 +184,14 @@ class Relation(Metric):
 
     def _scored(self, state: Embedded, queries: tf.Tensor, support_x: tf.Tensor | None) -> tf.Tensor:
         weights = self._split(state.theta)[1]
-        pairs, module = self.pairs(state.support, queries), self._parts[1]
+        pairs, module = [state.support, queries], self._parts[1]
         if self.test_statistics == MOVING:
             values = [variable.value for variable in self.module.non_trainable_variables]
             logits = self.module.stateless_call(weights, values, pairs, training=False)[0]
         elif support_x is None:
             logits = module.outputs(weights, pairs)
         else:
-            by = self.pairs(state.support, self.embedded(state.theta, support_x))
+            by = [state.support, self.embedded(state.theta, support_x)]
             logits = module.outputs(weights, pairs, by)
         return _as_scores(logits, queries)
 

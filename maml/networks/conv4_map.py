@@ -5,6 +5,7 @@ import math
 import keras
 
 from maml.networks.layers import MaxPool, MovingBatchNorm, _exact
+from maml.networks.pairs import PairConv2D, PairDense
 
 
 def conv4_map(
@@ -40,39 +41,51 @@ def relation_module(
     units: int = 8,
     padding: str = "same",
     dtype: str = "float32",
-) -> keras.Sequential:
-    """g_φ: from the features of a class and a query, one after the other, to a logit [n, 1].
+) -> keras.Model:
+    """g_φ: from [the features of N classes, those of n queries] to a logit of every pair, [n·N, 1].
 
     Of maps: two convolutions with batch norm, ReLU and 2×2 max-pooling, and two dense layers; of vectors: the
-    dense layers alone. Dense kernels are N(0, 0.01²), their biases 1, as in the authors' code.
+    dense layers alone. The first layer's kernel is of a pair, class first: 2C channels; see
+    `maml.networks.pairs`. Dense kernels are N(0, 0.01²), their biases 1, as in the authors' code.
 
     Args:
-        input_shape: (H, W, 2C), or (2C,).
+        input_shape: (H, W, C), or (C,), of a class and of a query.
         filters: channels of the convolutions.
         units: of the hidden dense layer.
         padding: of the convolutions; the authors': "same" for Omniglot's 5×5, "valid" for 19×19.
         dtype: of weights and computation.
     """
-    layers: list[keras.layers.Layer] = [keras.layers.Input(input_shape, dtype=_exact(dtype))]
-    if len(input_shape) == 3:
-        for i in range(2):
-            layers += _block(filters, padding, True, dtype, "rel_", i + 1)
-        layers.append(keras.layers.Flatten(data_format="channels_last", dtype=dtype))
     dense = dict(
         kernel_initializer=keras.initializers.RandomNormal(stddev=0.01),
         bias_initializer="ones",
         dtype=_exact(dtype),
     )
-    layers.append(keras.layers.Dense(units, activation="relu", name="fc1", **dense))
+    layers: list[keras.layers.Layer] = []
+    if len(input_shape) == 3:
+        for i, convolution in enumerate((PairConv2D, keras.layers.Conv2D)):
+            layers += _block(filters, padding, True, dtype, "rel_", i + 1, convolution)
+        layers.append(keras.layers.Flatten(data_format="channels_last", dtype=dtype))
+    first = keras.layers.Dense if layers else PairDense
+    layers.append(first(units, activation="relu", name="fc1", **dense))
     layers.append(keras.layers.Dense(1, name="fc2", **dense))
-    return keras.Sequential(layers)
+    pair = [keras.layers.Input(input_shape, dtype=_exact(dtype)) for _ in range(2)]
+    logits = pair
+    for layer in layers:
+        logits = layer(logits)
+    return keras.Model(pair, logits)
 
 
 def _block(
-    filters: int, padding: str, pooled: bool, dtype: str, prefix: str, number: int
+    filters: int,
+    padding: str,
+    pooled: bool,
+    dtype: str,
+    prefix: str,
+    number: int,
+    convolution: type[keras.layers.Conv2D] = keras.layers.Conv2D,
 ) -> list[keras.layers.Layer]:
     layers: list[keras.layers.Layer] = [
-        keras.layers.Conv2D(
+        convolution(
             filters,
             3,
             padding=padding,

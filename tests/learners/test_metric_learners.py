@@ -349,8 +349,8 @@ def test_zero_shot_relation_recognizes_unseen_classes_by_their_vectors():
         if isinstance(layer, keras.layers.Dense):
             layer.kernel.assign(keras.initializers.GlorotUniform()(layer.kernel.shape))
     algorithm = Relation(network, semantic=semantic, relation_units=32, train_num_classes=5)
-    algorithm.module.layers[0].kernel.assign(keras.initializers.GlorotUniform()((32, 32)))
-    algorithm.module.layers[1].kernel.assign(keras.initializers.GlorotUniform()((32, 1)))
+    algorithm.module.get_layer("fc1").kernel.assign(keras.initializers.GlorotUniform()((32, 32)))
+    algorithm.module.get_layer("fc2").kernel.assign(keras.initializers.GlorotUniform()((32, 1)))
     outer = OuterLoop(algorithm, TorchAdam(1e-2), TaskMap(vectorize=False, jit_compile=False))
     block = tf.nest.map_structure(lambda rows: rows[:, tf.newaxis], draw(400, 5))
     outer.block(block, tf.constant(0), tf.constant(400))
