@@ -28,7 +28,7 @@ def _of_pairs(of_classes: tf.Tensor, of_queries: tf.Tensor) -> tf.Tensor:
 
 
 class _OverPairs:
-    """What both layers share; a layer's inputs are [classes [N, …, C], queries [n, …, C]]."""
+    """Either layer; its inputs are [classes [N, …, C], queries [n, …, C]]."""
 
     def __init__(self, *arguments, **options):
         super().__init__(*arguments, **options)
