@@ -47,12 +47,17 @@ class _OverPairs:
         channels = classes.shape[-1]
         of_classes = self.linear(classes, kernel[..., :channels, :])
         of_queries = self.linear(queries, kernel[..., channels:, :])
-        return self.activation(_of_pairs(of_classes, of_queries + self.bias))
+        if self.use_bias:
+            of_queries += self.bias
+        return self.activation(_of_pairs(of_classes, of_queries))
 
 
 @keras.saving.register_keras_serializable("maml")
 class PairConv2D(_OverPairs, keras.layers.Conv2D):
-    """Keras' Conv2D of all pairs of two sets of maps, with its arguments and weights: [n·N, H′, W′, F]."""
+    """Keras' Conv2D of all pairs of two sets of maps, channels last: [n·N, H′, W′, F].
+
+    Arguments and weights are Conv2D's.
+    """
 
     def linear(self, x: tf.Tensor, kernel: tf.Tensor) -> tf.Tensor:
         """The convolution, in the form that is asked for."""

@@ -15,7 +15,7 @@ from maml.networks.task_axis import as_axis
 CLASSES, QUERIES, CHANNELS = 3, 4, 2
 KINDS = {
     "same": (lambda kind: kind(5, 3, padding="same"), (6, 7, CHANNELS)),
-    "valid": (lambda kind: kind(5, 3, strides=2, activation="tanh"), (6, 7, CHANNELS)),
+    "valid": (lambda kind: kind(5, 3, strides=2, activation="tanh", use_bias=False), (6, 7, CHANNELS)),
     "vectors": (lambda kind: kind(5, activation="relu"), (CHANNELS,)),
 }
 
