@@ -126,6 +126,10 @@ COMMANDS = {
     "maml reproduce --list": ((), 0, "omniglot_5way_1shot "),
     "maml reproduce NAME": (("--list",), 2, "expected cells (sinusoid_5shot"),
     "maml reproduce sinusoid_10shot omniglot_5way_1shot": (("--list",), 0, "sinusoid_10shot "),
+    "maml reproduce omniglot_5way_5shot_noconv": (("--list",), 0, "omniglot_5way_5shot_noconv "),
+    "maml reproduce omniglot_5way_1shot_semi_prototypical": (
+        ("--list",), 0, "omniglot_5way_1shot_semi_prototypical ",
+    ),
     "maml reproduce reptile": (("--list",), 0, "omniglot_5way_1shot_reptile "),
     "maml reproduce omniglot_5way_1shot_reptile": (("--list",), 0, "omniglot_5way_1shot_reptile "),
     "maml reproduce --list reptile": ((), 0, "omniglot_5way_1shot_reptile "),
@@ -148,6 +152,8 @@ COMMANDS = {
     "--init_from=DIR/original_checkpoint/model59000": (
         (), 2, "--init_from=DIR/original_checkpoint/model59000: expected a run folder",
     ),
+    "maml --flagfile=flags/omniglot_5way_5shot_noconv.flags --checkpoint=newest --metatrain_iterations=0 "
+    "--init_from=RUN --update_lr=0.2": ((), 2, "--init_from=RUN: "),
     "maml prepare miniimagenet": NO_MINI,
     "maml show_episodes --datasource=omniglot --out=episodes.png": NO_OMNIGLOT,
     "maml --datasource=folder --data_dir=DIR --update_batch_size=1": (

@@ -8,6 +8,7 @@ import platform
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from logging import getLogger
 
 from absl import flags, logging
 
@@ -69,6 +70,7 @@ def _exit_code(command: Command, arguments: Sequence[str], named: bool) -> int:
         print(end="", flush=True)  # while it still matters whether that can be
     except (UserError, Failure) as error:
         print(f"error: {error}", file=sys.stderr)
+        getLogger("tensorflow").setLevel("ERROR")  # at exit it lists what of a checkpoint was not taken
         return BAD_INPUT if isinstance(error, UserError) else FAILED
     except KeyboardInterrupt as stopped:
         return _stopped(str(stopped), interrupted, isinstance(stopped, Terminated))
