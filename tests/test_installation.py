@@ -153,7 +153,7 @@ COMMANDS = {
         (), 2, "--init_from=DIR/original_checkpoint/model59000: expected a run folder",
     ),
     "maml --flagfile=flags/omniglot_5way_5shot_noconv.flags --checkpoint=newest --metatrain_iterations=0 "
-    "--init_from=RUN --update_lr=0.2": ((), 2, "--init_from=RUN: "),
+    "--init_from=RUN --update_lr=0.2": ((), 2, "got RUN."),
     "maml prepare miniimagenet": NO_MINI,
     "maml show_episodes --datasource=omniglot --out=episodes.png": NO_OMNIGLOT,
     "maml --datasource=folder --data_dir=DIR --update_batch_size=1": (
