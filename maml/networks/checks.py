@@ -9,8 +9,8 @@ import tensorflow as tf
 from maml.errors import UserError
 from maml.networks import layers as ours
 from maml.networks.copies import copy_of, is_graph
+from maml.networks.exchanged import is_without_form
 from maml.networks.step_batch_norm import StepBatchNorm
-from maml.networks.task_axis import is_without_form
 
 # Layers that are tested under `tf.vectorized_map` and XLA.
 _TESTED = "InputLayer Dense Flatten Activation ReLU Rescaling Dropout Embedding Add Concatenate"

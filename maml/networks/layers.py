@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterator, Sequence
 import keras
 import tensorflow as tf
 
-from maml.networks.pooling import pooled
-from maml.networks.standardise import _mean, affine, standardise, standardised
+from maml.networks.pooling import pooled, standardised_maxima
+from maml.networks.standardise import _mean, affine, is_large, standardise, standardised
 from maml.networks.task_axis import is_axis, max_pool
 
 _BY_BATCH = contextvars.ContextVar("batch_statistics", default=False)
@@ -37,6 +37,38 @@ def is_by_batch() -> bool:
     return _BY_BATCH.get()
 
 
+def normalized(
+    x: tf.Tensor, epsilon: float, pools: bool, sign: tf.Tensor | None = None
+) -> tuple[tf.Tensor, ...]:
+    """x [n, …, c] standardized per channel, 2×2 max-pooled if `pools`; and mean and biased variance, [1, c].
+
+    With a `sign` [c] of -1 the smallest of a window is taken: what follows turns it over. The moments are
+    constants to derivatives.
+    """
+    if pools and is_large(x):
+        return standardised_maxima(x, sign, epsilon)
+    y, *moments = standardised(tf.reshape(x, (-1, x.shape[-1])), 0, epsilon)
+    y = tf.reshape(y, tf.shape(x))
+    return maxima(y, sign) if pools else y, *moments
+
+
+def maxima(y: tf.Tensor, sign: tf.Tensor | None) -> tf.Tensor:
+    """The largest or smallest entries of the 2×2 windows of maps."""
+    return pooled(y) if sign is None else pooled(y * sign) * sign
+
+
+def sign_of(gamma: tf.Tensor) -> tf.Tensor:
+    """1, or -1 where γ is negative."""
+    return tf.where(gamma < 0, -tf.ones_like(gamma), tf.ones_like(gamma))
+
+
+def moments_of(x: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    """Mean and biased variance [1, c] of x [n, …, c], through which gradients go."""
+    rows = tf.reshape(x, (-1, x.shape[-1]))
+    mean = _mean(rows, 0)
+    return mean, _mean(tf.square(rows - mean), 0)
+
+
 @keras.saving.register_keras_serializable("maml")
 class BatchNorm(keras.layers.Layer):
     """Normalizes each channel by the statistics of the batch at hand, then adds a learned β.
@@ -49,6 +81,7 @@ class BatchNorm(keras.layers.Layer):
 
     adapted = False
     epsilon = 1e-3
+    pools = False  # see `maml.networks.exchanged`
 
     def build(self, input_shape):
         channels = (input_shape[-1],)
@@ -58,12 +91,14 @@ class BatchNorm(keras.layers.Layer):
 
     def call(self, x, training=None):
         if not training and not _BY_BATCH.get():
-            return (x - self.mean) * tf.math.rsqrt(self.variance + self.epsilon) + self.beta
-        rows = tf.reshape(x, (-1, x.shape[-1]))
-        mean = _mean(rows, 0)
-        self.mean.assign(mean[0])
-        self.variance.assign(_mean(tf.square(rows - mean), 0)[0])
-        return tf.reshape(standardise(rows, 0, self.epsilon), tf.shape(x)) + self.beta
+            y = (x - self.mean) * tf.math.rsqrt(self.variance + self.epsilon)
+            return (maxima(y, None) if self.pools else y) + self.beta
+        self._keep(x)
+        return normalized(x, self.epsilon, self.pools)[0] + self.beta
+
+    def _keep(self, x: tf.Tensor) -> None:
+        for kept, moment in zip((self.mean, self.variance), moments_of(x), strict=True):
+            kept.assign(moment[0])
 
 
 @keras.saving.register_keras_serializable("maml")
@@ -79,6 +114,8 @@ class MovingBatchNorm(keras.layers.Layer):
     PyTorch's BatchNorm2d is `MovingBatchNorm()`; Keras' BatchNormalization is
     `MovingBatchNorm(momentum=0.99, epsilon=1e-3, unbiased=False)`, its first derivatives included.
     """
+
+    pools = False  # see `maml.networks.exchanged`
 
     def __init__(
         self,
@@ -126,27 +163,26 @@ class MovingBatchNorm(keras.layers.Layer):
 
     def call(self, x, training=None):
         """The normalized x [n, …, channels]."""
+        sign = sign_of(tf.convert_to_tensor(self.gamma)) if self.scale and self.pools else None
         if training or _BY_BATCH.get():
-            rows = tf.reshape(x, (-1, x.shape[-1]))
-            y, *moments = standardised(rows, 0, self.epsilon)
-            if not training:  # a query set is normalized by them: a gradient goes through
-                mean = _mean(rows, 0)
-                moments = mean, _mean(tf.square(rows - mean), 0)
-            self._keep(rows, moments, training)
-            return tf.reshape(self._affine(y), tf.shape(x))
-        return self._affine((x - self.moving_mean) * tf.math.rsqrt(self.moving_variance + self.epsilon))
-
-    def _affine(self, y: tf.Tensor) -> tf.Tensor:
-        if self.scale and self.center and len(y.shape) == 2:
-            return affine(y, tf.convert_to_tensor(self.gamma), tf.convert_to_tensor(self.beta))
+            y, *moments = normalized(x, self.epsilon, self.pools, sign)
+            # Without training a query set is normalized by them: a gradient goes through.
+            self._keep(x, moments if training else moments_of(x), training)
+        else:
+            y = (x - self.moving_mean) * tf.math.rsqrt(self.moving_variance + self.epsilon)
+            y = maxima(y, sign) if self.pools else y
+        if self.scale and self.center:
+            rows = tf.reshape(y, (-1, y.shape[-1]))
+            gamma, beta = tf.convert_to_tensor(self.gamma), tf.convert_to_tensor(self.beta)
+            return tf.reshape(affine(rows, gamma, beta), tf.shape(y))
         y = y * self.gamma if self.scale else y
         return y + self.beta if self.center else y
 
-    def _keep(self, rows: tf.Tensor, moments: Sequence[tf.Tensor], training: bool | None) -> None:
+    def _keep(self, x: tf.Tensor, moments: Sequence[tf.Tensor], training: bool | None) -> None:
         mean, variance = (moment[0] for moment in moments)
         momentum = self.momentum if training else 0
         if training and self.unbiased:
-            count = tf.cast(tf.shape(rows)[0], rows.dtype)
+            count = tf.cast(tf.size(x) // tf.shape(x)[-1], x.dtype)
             variance *= count / tf.maximum(count - 1, 1)
         for moving, of_batch in ((self.moving_mean, mean), (self.moving_variance, variance)):
             moving.assign(momentum * moving + (1 - momentum) * of_batch)

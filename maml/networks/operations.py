@@ -8,7 +8,7 @@ import keras
 import tensorflow as tf
 
 from maml.errors import UserError
-from maml.networks.task_axis import Exchanged
+from maml.networks.exchanged import Exchanged
 
 _PASSED_OVER = ("Identity", "Reshape", "Cast", "Squeeze", "ExpandDims", "Transpose", "StopGradient")
 _LINEAR = ("MatMul", "BatchMatMulV2", "BiasAdd", "AddV2", "Conv2D", "Einsum")

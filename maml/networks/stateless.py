@@ -8,8 +8,8 @@ import keras
 import tensorflow as tf
 
 from maml.errors import UserError
+from maml.networks.exchanged import Exchanged
 from maml.networks.layers import batch_statistics
-from maml.networks.task_axis import Exchanged
 
 Weights = list[tf.Tensor]
 

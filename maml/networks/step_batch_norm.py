@@ -7,8 +7,7 @@ from collections.abc import Iterator
 import keras
 import tensorflow as tf
 
-from maml.networks.layers import BatchNorm, is_by_batch
-from maml.networks.standardise import _mean, standardise
+from maml.networks.layers import BatchNorm, is_by_batch, maxima, normalized, sign_of
 
 _STEP = contextvars.ContextVar("inner_step", default=None)
 
@@ -66,14 +65,14 @@ class StepBatchNorm(BatchNorm):
         if self.steps is not None:
             row = self.steps - 1 if _STEP.get() is None else _STEP.get()
             gamma, beta = gamma[row], beta[row]
-        if not training and not is_by_batch():
+        sign = sign_of(gamma) if self.pools else None
+        if training or is_by_batch():
+            self._keep(x)
+            y = normalized(x, self.epsilon, self.pools, sign)[0]
+        else:
             y = (x - self.mean) * tf.math.rsqrt(self.variance + self.epsilon)
-            return y * gamma + beta
-        rows = tf.reshape(x, (-1, x.shape[-1]))
-        mean = _mean(rows, 0)
-        self.mean.assign(mean[0])
-        self.variance.assign(_mean(tf.square(rows - mean), 0)[0])
-        return tf.reshape(standardise(rows, 0, self.epsilon), tf.shape(x)) * gamma + beta
+            y = maxima(y, sign) if self.pools else y
+        return y * gamma + beta
 
     def get_config(self):
         """The arguments."""

@@ -14,22 +14,12 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, Self
 
-import keras
 import numpy as np
 import tensorflow as tf
 
 from maml.errors import UserError
 
 _AXIS = contextvars.ContextVar("task_axis", default=False)
-
-_CONVOLUTIONS = (keras.layers.Conv2D, keras.layers.Conv3D)
-_MAX_POOLS = (keras.layers.MaxPooling1D, keras.layers.MaxPooling2D, keras.layers.MaxPooling3D)
-# Layers with kernels that have no such form.
-_WITHOUT = (
-    "Conv1D DepthwiseConv1D DepthwiseConv2D SeparableConv1D SeparableConv2D Conv1DTranspose "
-    "Conv2DTranspose Conv3DTranspose"
-)
-WITHOUT_FORM = tuple(getattr(keras.layers, name) for name in _WITHOUT.split())
 
 
 @contextlib.contextmanager
@@ -45,9 +35,6 @@ def as_axis() -> Iterator[None]:
 def is_axis() -> bool:
     """Whether this is within `as_axis`."""
     return _AXIS.get()
-
-
-# --- The operations --------------------------------------------------------------------------------
 
 
 def convolution(
@@ -214,92 +201,3 @@ def _added(rows: tf.Tensor, windows: Windows) -> tf.Tensor:
     whole = tf.reshape(whole, (-1, *sides, channels))
     along = zip(windows.pads, windows.lengths, strict=True)
     return whole[(slice(None), *(slice(before, before + length) for (before, _), length in along))]
-
-
-# --- The layers of a network -----------------------------------------------------------------------
-
-
-class Exchanged:
-    """The layers of a network that compute otherwise than Keras has them; the network stays as it is."""
-
-    def __init__(self, network: keras.Model):
-        """Finds them, those inside other layers too."""
-        self._layers = list(network._flatten_layers())
-
-    @contextlib.contextmanager
-    def where_asked(self) -> Iterator[None]:
-        """Within it max-pools are of this module; within `as_axis` too, convolutions as well."""
-        found = [(layer, *form) for layer in self._layers if (form := _form(layer)) is not None]
-        for layer, name, function in found:
-            vars(layer)[name] = function  # hides the method of its class from this layer alone
-        try:
-            yield
-        finally:
-            for layer, name, _ in found:
-                vars(layer).pop(name, None)
-
-
-def is_without_form(layer: keras.layers.Layer) -> bool:
-    """Whether a layer has kernels or windows, and no form here."""
-    return _has_own(layer, "call", _MAX_POOLS) or isinstance(layer, WITHOUT_FORM)
-
-
-def check_forms(network: keras.Model) -> None:
-    """Raises UserError for a layer with kernels or windows that has no form here."""
-    for layer in network._flatten_layers():
-        if is_without_form(layer):
-            raise UserError(
-                f"layer {layer.name!r}, {type(layer).__name__}, has no form that computes all tasks at once: "
-                "expected Conv2D, Conv3D or max-pooling of Keras. Use vectorize=False (--novectorize)."
-            )
-
-
-def _form(layer: keras.layers.Layer) -> tuple[str, Callable] | None:
-    """The name of a layer's method and what takes its place; None: it stays as it is."""
-    if (
-        is_axis()
-        and isinstance(layer, _CONVOLUTIONS)
-        and not _has_own(layer, "convolution_op", _CONVOLUTIONS)
-    ):
-        return "convolution_op", functools.partial(_convolution_of, layer)
-    if isinstance(layer, _MAX_POOLS) and not _has_own(layer, "call", _MAX_POOLS):
-        return "call", functools.partial(_max_pool_of, layer)
-    return None
-
-
-def _has_own(layer: keras.layers.Layer, method: str, kinds: tuple[type, ...]) -> bool:
-    """Whether a layer is of a class that stands on one of these with a method of its own."""
-    its = getattr(type(layer), method, None)
-    return isinstance(layer, kinds) and all(its is not getattr(kind, method) for kind in kinds)
-
-
-def _convolution_of(layer: keras.layers.Layer, x: tf.Tensor, kernel: tf.Tensor) -> tf.Tensor:
-    """A layer's convolution, before its bias."""
-    x, kernel = tf.convert_to_tensor(x), tf.cast(kernel, x.dtype)
-    last = _channels_last(layer)
-    y = convolution(
-        x if last else _moved(x, 1, -1),
-        kernel,
-        strides=layer.strides,
-        padding=layer.padding,
-        dilation=layer.dilation_rate,
-    )
-    return y if last else _moved(y, -1, 1)
-
-
-def _max_pool_of(layer: keras.layers.Layer, x: tf.Tensor) -> tf.Tensor:
-    last, pool = _channels_last(layer), max_pool if is_axis() else pool_apart
-    y = pool(x if last else _moved(x, 1, -1), layer.pool_size, layer.strides, layer.padding)
-    return y if last else _moved(y, -1, 1)
-
-
-def _channels_last(layer: keras.layers.Layer) -> bool:
-    return layer.data_format == "channels_last"
-
-
-def _moved(x: tf.Tensor, source: int, target: int) -> tf.Tensor:
-    """x with an axis at another place."""
-    axes = list(range(x.shape.rank))
-    axis = axes.pop(source)
-    axes.insert(target % x.shape.rank, axis)
-    return tf.transpose(x, axes)

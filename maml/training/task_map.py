@@ -10,7 +10,8 @@ import tensorflow as tf
 
 from maml.episodes import Episode
 from maml.networks.checks import is_batched
-from maml.networks.task_axis import as_axis, check_forms
+from maml.networks.exchanged import check_forms
+from maml.networks.task_axis import as_axis
 
 Results = Any  # a nested structure of tensors, the same for every task
 

@@ -13,7 +13,7 @@ from benchmarks.speed_worker import optimized
 from maml.episodes import Episode
 from maml.errors import UserError
 from maml.learners.losses import cross_entropy
-from maml.networks import task_axis
+from maml.networks import exchanged, task_axis
 from maml.networks.checks import is_batched
 from maml.networks.conv4 import conv4
 from maml.networks.layers import BatchNorm, LayerNorm, MaxPool, MovingBatchNorm
@@ -91,8 +91,8 @@ def test_a_convolution_and_its_two_derivatives_are_keras(name, float64):
     layer.build(x.shape)
     kernel = tf.convert_to_tensor(layer.kernel)
     if layer.data_format == "channels_last":  # a CPU computes no other
-        np.testing.assert_allclose(task_axis._convolution_of(layer, x, kernel), layer(x), rtol=0, atol=1e-13)
-    found = derivatives(lambda x, kernel: task_axis._convolution_of(layer, x, kernel), x, kernel)
+        np.testing.assert_allclose(exchanged._convolution_of(layer, x, kernel), layer(x), rtol=0, atol=1e-13)
+    found = derivatives(lambda x, kernel: exchanged._convolution_of(layer, x, kernel), x, kernel)
     needed = derivatives(lambda x, kernel: reference(layer, x, kernel), x, kernel)
     for one, other in zip(found, needed, strict=True):
         np.testing.assert_allclose(one, other, rtol=0, atol=1e-12 * np.abs(other).max())
@@ -102,7 +102,7 @@ def test_a_convolution_of_volumes_is_keras(float64):
     layer = L.Conv3D(3, (2, 3, 1), strides=(1, 2, 1), padding="same", use_bias=False)
     x = tf.constant(RNG.normal(size=(2, 4, 5, 3, 2)))
     y = layer(x)
-    np.testing.assert_allclose(task_axis._convolution_of(layer, x, layer.kernel), y, rtol=0, atol=1e-13)
+    np.testing.assert_allclose(exchanged._convolution_of(layer, x, layer.kernel), y, rtol=0, atol=1e-13)
 
 
 @pytest.mark.parametrize("padding", ["same", "valid"])
@@ -112,7 +112,7 @@ def test_a_pool_is_keras_and_so_is_its_gradient_with_equal_entries(size, strides
     x = tf.constant(RNG.integers(-3, 3, (2, 7, 6, 3)).astype(float))  # many equal ones
     weights = tf.constant(RNG.normal(size=layer(x).shape))
     found = []
-    for function in (layer, lambda x: task_axis._max_pool_of(layer, x)):
+    for function in (layer, lambda x: exchanged._max_pool_of(layer, x)):
         with tf.GradientTape() as tape:
             tape.watch(x)
             y = function(x)
