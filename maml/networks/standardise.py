@@ -51,9 +51,9 @@ def _rules(x: tf.Tensor) -> tuple[Callable, ...]:
     return _COMPILED if is_large(x) else (_forward, _gradient, _second_gradient)
 
 
-def is_large(x: tf.Tensor) -> bool:
-    """Whether a map is worth a compiled rule's call."""
-    return (x.shape.num_elements() or 0) >= LARGE_MAP
+def is_large(x: tf.Tensor, saves: int = 1) -> bool:
+    """Whether a map is worth the call of a compiled rule, which saves so many times a norm's passes."""
+    return (x.shape.num_elements() or 0) * saves >= LARGE_MAP
 
 
 def _mean(x: tf.Tensor, axis: int) -> tf.Tensor:
