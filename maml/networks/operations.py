@@ -48,17 +48,16 @@ SUSPECTS = {
 def traced(model: keras.Model, inputs: object, training: bool = False) -> tf.Graph:
     """The graph of a call, whose `structured_outputs` are the outputs; no variable is changed.
 
-    Max-pools are those that compute in training.
-
     Args:
         model: a built model.
         inputs: a structure of tensors or `tf.TensorSpec`s.
-        training: of the call.
+        training: of the call, and then of the layers as they are; else as a learner has them (`Exchanged`).
     """
     specs = tf.nest.map_structure(lambda x: tf.TensorSpec((None, *x.shape[1:]), x.dtype), inputs)
 
     def call(x):
-        with keras.StatelessScope(), Exchanged(model).where_asked():
+        forms = contextlib.nullcontext() if training else Exchanged(model).where_asked()
+        with keras.StatelessScope(), forms:
             return model(x, training=training)
 
     return tf.function(call, autograph=False).get_concrete_function(specs).graph

@@ -1,4 +1,4 @@
-"""A norm and the max-pool after it in fewer passes: the same numbers, and only where it is the same."""
+"""What takes the place of layers in a learner's calls: the same numbers, and only where they are the same."""
 
 import itertools
 
@@ -90,6 +90,11 @@ def network(norm: L.Layer, *after: L.Layer) -> keras.Sequential:
     return model
 
 
+def nothing_exchanged(monkeypatch):
+    monkeypatch.setattr("maml.networks.exchanged._norms_and_pools", lambda layers: [])
+    monkeypatch.setattr("maml.networks.exchanged._form", lambda layer: {})
+
+
 @pytest.fixture(params=["small maps", "large maps"])
 def size(request, monkeypatch):
     """Either form of the operation on maps of the same size."""
@@ -135,18 +140,73 @@ def test_a_network_computes_the_same_with_and_without_the_exchange(
     )
     assert len(Exchanged(model)._pooled) == 1
     ours = all_of(model, training)
-    monkeypatch.setattr("maml.networks.exchanged._norms_and_pools", lambda layers: [])
+    nothing_exchanged(monkeypatch)
     needed = all_of(model, training)
     scale = max(np.abs(value).max() for value in needed)  # the gradient of the convolution's bias is 0
     for one, other in zip(ours, needed, strict=True):
         np.testing.assert_allclose(one, other, rtol=0, atol=1e-13 * scale)
 
 
+CONVOLUTIONS = {
+    "strides, ReLU": L.Conv2D(4, 3, strides=2, activation="relu", padding="same"),
+    "groups": L.Conv2D(4, 3, groups=2),
+    "dilation": L.Conv2D(4, (2, 3), dilation_rate=2),
+    "no bias": L.Conv2D(4, 3, use_bias=False),
+    "volumes": L.Conv3D(4, 2),
+}
+
+
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_a_convolutions_bias_has_keras_derivatives_and_not_its_operation(name, float64, monkeypatch):
+    layer = type(CONVOLUTIONS[name]).from_config(CONVOLUTIONS[name].get_config() | {"dtype": "float64"})
+    size = (9, 8, 2) if layer.rank == 2 else (3, 6, 4, 2)
+    model = keras.Sequential(
+        [keras.Input((9, 8, 2)), L.Reshape(size), layer, L.Flatten(), L.Dense(2, use_bias=False)]
+    )
+    for variable in model.weights:
+        variable.assign(np.random.default_rng(1).normal(size=variable.shape))
+    found = all_of(model, False)
+    assert "BiasAddGrad" not in _operations(model)
+    nothing_exchanged(monkeypatch)
+    assert ("BiasAddGrad" in _operations(model)) == (name != "no bias")  # else the exchange is not needed
+    for one, other in zip(found, all_of(model, False), strict=True):
+        assert np.abs(other).max() > 0.1
+        np.testing.assert_allclose(one, other, rtol=0, atol=1e-13 * np.abs(other).max())
+
+
+def _operations(model: keras.Model) -> set[str]:
+    """The kinds of operations in the gradient of a sum of a model's outputs."""
+    called = Stateless(model)
+
+    @tf.function
+    def gradient(x):
+        weights = [tf.convert_to_tensor(variable) for variable in model.trainable_variables]
+        with tf.GradientTape() as tape:
+            tape.watch(weights)
+            loss = tf.reduce_sum(called.by_batch(weights, x)[0])
+        return tape.gradient(loss, weights)
+
+    graph = gradient.get_concrete_function(tf.TensorSpec((4, 9, 8, 2), tf.float64)).graph
+    return {op.type for op in graph.get_operations()}
+
+
+def test_a_bias_is_added_in_the_layers_type():
+    layer = L.Conv2D(4, 3, dtype="mixed_bfloat16")
+    model = keras.Sequential([keras.Input((9, 8, 2)), layer])
+    layer.bias.assign([1, 2, 3, 4])
+    x = np.zeros((1, 9, 8, 2), np.float32)
+    with Exchanged(model).where_asked():
+        y = model(x)
+    assert y.dtype == tf.bfloat16
+    np.testing.assert_array_equal(tf.cast(y, tf.float32)[0, 0, 0], [1, 2, 3, 4])
+
+
 def test_a_call_of_the_network_itself_is_keras_own_afterwards():
     model = network(BatchNorm(), MaxPool())
-    with Exchanged(model).where_asked():
-        assert model.layers[1].pools
+    with Exchanged(model).where_asked(), Exchanged(model).where_asked():
+        assert model.layers[1].pools and not model.layers[0].use_bias
     assert not model.layers[1].pools and "call" not in vars(model.layers[2])
+    assert model.layers[0].use_bias is True and "convolution_op" not in vars(model.layers[0])
     assert model.layers[1](np.zeros((1, 9, 8, 3))).shape == (1, 9, 8, 3)
 
 
