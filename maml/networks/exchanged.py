@@ -72,7 +72,7 @@ def check_forms(network: keras.Model) -> None:
 
 
 def _form(layer: keras.layers.Layer) -> dict[str, object]:
-    """What takes the place of a layer's attributes; nothing: it stays as it is."""
+    """The attributes of a layer that others take the place of; none: it stays as it is."""
     if isinstance(layer, _CONVOLUTIONS) and not _has_own(layer, "convolution_op", _CONVOLUTIONS):
         if is_axis():
             return {"convolution_op": functools.partial(_convolution_of, layer)}
@@ -128,7 +128,7 @@ def _outputs(model: keras.Model) -> list[keras.KerasTensor]:
 
 
 def _only_follower(layer: keras.layers.Layer, outputs: set[int]) -> keras.Operation | None:
-    """What alone takes a layer's output."""
+    """The only operation that takes a layer's output; None: several do, or none."""
     nodes = layer._outbound_nodes
     alone = len(nodes) == len(layer._inbound_nodes) == 1 and id(layer.output) not in outputs
     return nodes[0].operation if alone else None

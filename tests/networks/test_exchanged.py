@@ -1,4 +1,4 @@
-"""What takes the place of layers in a learner's calls: the same numbers, and only where they are the same."""
+"""Layers with others in their place, in a learner's calls: the same numbers, and only where they are the same."""
 
 import itertools
 
@@ -273,7 +273,7 @@ def test_a_functional_network_is_found():
 
 
 def test_no_map_of_the_norms_size_is_an_operation_of_its_own(monkeypatch):
-    """What the exchange is for: fewer whole maps are written."""
+    """Fewer whole maps are written: that is what the exchange is for."""
     written = []
     for exchanged in (True, False):
         if not exchanged:
