@@ -86,10 +86,10 @@ MAML_CELLS: Mapping[str, Cell] = {
     "omniglot_20way_5shot": _images("Omniglot", 5, 98.9, 0.2, 50),
     "omniglot_5way_1shot_noconv": _five_way(89.7, 1.1, 0.5),
     "omniglot_5way_5shot_noconv": _five_way(97.5, 0.6, 1),
-    "miniimagenet_5way_1shot": _images("mini-ImageNet", 10, 48.70, 1.84, 18),
-    "miniimagenet_5way_1shot_first_order": _images("mini-ImageNet", 10, 48.07, 1.75, 11),
-    "miniimagenet_5way_5shot": _images("mini-ImageNet", 10, 63.11, 0.92, 44),
-    "miniimagenet_5way_5shot_first_order": _images("mini-ImageNet", 10, 63.15, 0.91, 25),
+    "miniimagenet_5way_1shot": _images("mini-ImageNet", 10, 48.70, 1.84, 8),
+    "miniimagenet_5way_1shot_first_order": _images("mini-ImageNet", 10, 48.07, 1.75, 5.5),
+    "miniimagenet_5way_5shot": _images("mini-ImageNet", 10, 63.11, 0.92, 12.5),
+    "miniimagenet_5way_5shot_first_order": _images("mini-ImageNet", 10, 63.15, 0.91, 6.5),
     "photographs_5way_1shot": Cell("Photographs", "not in the paper", (10,), 10),
 }
 
@@ -220,12 +220,12 @@ HOURS: Mapping[str, tuple[float, ...]] = {
     "reptile": (1.5, 1.5, 11, 11, 17, 17),
     "anil": (2, 8, 3, 7),
     "meta_sgd": (1.5, 7, 4, 16, 6, 12, 24, 45),
-    "maml_plus_plus": (2.5, 8, 10, 40, 14, 35),
+    "maml_plus_plus": (2.5, 8, 10, 40, 18, 35),
     "leo": (1, 3),
-    "prototypical": (1, 1.5, 1, 1.5, 15, 20),
-    "semi_prototypical": (0.3, 14, 20),
-    "matching": (0.1, 0.1, 0.1, 0.1, 7, 9),
-    "relation": (22, 22, 110, 110, 70, 60),
+    "prototypical": (0.3, 0.5, 0.3, 0.5, 6.5, 8),
+    "semi_prototypical": (0.2, 7, 10),
+    "matching": (0.1, 0.1, 0.1, 0.1, 3, 4),
+    "relation": (10.5, 10.5, 25, 25, 35, 30),
     "siamese": (28, 28, 28, 28),
 }
 # Cells that are a variant of the learner, whose figure is another: with distractors, with full context.

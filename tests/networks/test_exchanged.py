@@ -1,4 +1,4 @@
-"""Layers with others in their place, in a learner's calls: the same numbers, and only where they are the same."""
+"""Layers with others in their place, in a learner's calls: the same numbers, and only where they are."""
 
 import itertools
 
