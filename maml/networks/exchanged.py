@@ -114,11 +114,9 @@ def _norms_and_pools(layers: list[keras.layers.Layer]) -> list[tuple[keras.layer
         chain = [norm] if type(norm) in _POOLING_NORMS else []
         while chain and (follower := _only_follower(chain[-1], outputs)) is not None:
             chain.append(follower)
-            if _pools_by_2(follower):
-                if all(id(layer) in known and len(layer._inbound_nodes) == 1 for layer in chain):
-                    found.append((norm, follower))
-                break
-            if type(follower) not in _RECTIFIERS or len(chain) > 2:
+            if _pools_by_2(follower) and all(id(layer) in known for layer in chain):
+                found.append((norm, follower))
+            if not _rises(follower) or len(chain) > 2:
                 break
     return found
 
@@ -128,10 +126,12 @@ def _outputs(model: keras.Model) -> list[keras.KerasTensor]:
 
 
 def _only_follower(layer: keras.layers.Layer, outputs: set[int]) -> keras.Operation | None:
-    """The only operation that takes a layer's output; None: several do, or none."""
+    """The only operation that takes a layer's output, and takes it alone; None: there is no such."""
     nodes = layer._outbound_nodes
-    alone = len(nodes) == len(layer._inbound_nodes) == 1 and id(layer.output) not in outputs
-    return nodes[0].operation if alone else None
+    if not len(nodes) == len(layer._inbound_nodes) == 1 or id(layer.output) in outputs:
+        return None
+    follower = nodes[0].operation
+    return follower if len(follower._inbound_nodes) == 1 else None
 
 
 def _pools_by_2(layer: keras.Operation) -> bool:
@@ -141,6 +141,11 @@ def _pools_by_2(layer: keras.Operation) -> bool:
     else:
         by_2 = type(layer) is MaxPool
     return by_2 and layer.padding == "valid" and None not in layer.input.shape[1:]
+
+
+def _rises(layer: keras.Operation) -> bool:
+    """Whether a layer is a ReLU of any slope that does not fall."""
+    return type(layer) in _RECTIFIERS and layer.negative_slope >= 0
 
 
 def _as_it_is(x: tf.Tensor) -> tf.Tensor:

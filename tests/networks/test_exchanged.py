@@ -231,13 +231,15 @@ class _Own(BatchNorm):
         return x
 
 
-def _functional(shape=(8, 8, 3), *, twice=False, output=False, submodel=False) -> keras.Model:
+def _functional(shape=(8, 8, 3), *, twice=False, again=False, output=False, submodel=False) -> keras.Model:
     x = inputs = keras.Input(shape)
     norm, pool = BatchNorm(), MaxPool()
     y = norm(x)
     outputs = [pool(y)]
     if twice:
         outputs.append(norm(x * 2))
+    if again:
+        outputs.append(pool(x))
     if output:
         outputs.append(y)
     return keras.Model(inputs, y if submodel else outputs)
@@ -245,6 +247,7 @@ def _functional(shape=(8, 8, 3), *, twice=False, output=False, submodel=False) -
 
 OTHERWISE = {
     "the norm is called twice": lambda: _functional(twice=True),
+    "the pool is called twice": lambda: _functional(again=True),
     "its maps are an output": lambda: _functional(output=True),
     "the pool is of another model": lambda: _functional(submodel=True),
     "maps of an unknown size": lambda: keras.Sequential(
@@ -256,6 +259,9 @@ OTHERWISE = {
     "a class of one's own": lambda: keras.Sequential([keras.Input((8, 8, 3)), _Own(), MaxPool()]),
     "a bump between": lambda: keras.Sequential(
         [keras.Input((8, 8, 3)), BatchNorm(), L.Activation("gelu"), MaxPool()]
+    ),
+    "a fall between": lambda: keras.Sequential(
+        [keras.Input((8, 8, 3)), BatchNorm(), LeakyReLU(-1.0), MaxPool()]
     ),
     "two rectifiers between": lambda: keras.Sequential(
         [keras.Input((8, 8, 3)), BatchNorm(), L.ReLU(), L.ReLU(), MaxPool()]
