@@ -49,10 +49,23 @@ def normalized(
         return standardised_maxima(x, sign, epsilon)
     y, *moments = standardised(tf.reshape(x, (-1, x.shape[-1])), 0, epsilon)
     y = tf.reshape(y, tf.shape(x))
-    return maxima(y, sign) if pools else y, *moments
+    return _maxima(y, sign) if pools else y, *moments
 
 
-def maxima(y: tf.Tensor, sign: tf.Tensor | None) -> tf.Tensor:
+def normalized_by(
+    x: tf.Tensor,
+    mean: tf.Tensor,
+    variance: tf.Tensor,
+    epsilon: float,
+    pools: bool,
+    sign: tf.Tensor | None = None,
+) -> tf.Tensor:
+    """The same by given moments [c]."""
+    y = (x - mean) * tf.math.rsqrt(variance + epsilon)
+    return _maxima(y, sign) if pools else y
+
+
+def _maxima(y: tf.Tensor, sign: tf.Tensor | None) -> tf.Tensor:
     """The largest or smallest entries of the 2×2 windows of maps."""
     return pooled(y) if sign is None else pooled(y * sign) * sign
 
@@ -91,8 +104,7 @@ class BatchNorm(keras.layers.Layer):
 
     def call(self, x, training=None):
         if not training and not _BY_BATCH.get():
-            y = (x - self.mean) * tf.math.rsqrt(self.variance + self.epsilon)
-            return (maxima(y, None) if self.pools else y) + self.beta
+            return normalized_by(x, self.mean, self.variance, self.epsilon, self.pools) + self.beta
         self._keep(x)
         return normalized(x, self.epsilon, self.pools)[0] + self.beta
 
@@ -169,8 +181,8 @@ class MovingBatchNorm(keras.layers.Layer):
             # Without training a query set is normalized by them: a gradient goes through.
             self._keep(x, moments if training else moments_of(x), training)
         else:
-            y = (x - self.moving_mean) * tf.math.rsqrt(self.moving_variance + self.epsilon)
-            y = maxima(y, sign) if self.pools else y
+            moments = self.moving_mean, self.moving_variance
+            y = normalized_by(x, *moments, self.epsilon, self.pools, sign)
         if self.scale and self.center:
             rows = tf.reshape(y, (-1, y.shape[-1]))
             gamma, beta = tf.convert_to_tensor(self.gamma), tf.convert_to_tensor(self.beta)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import keras
 import tensorflow as tf
 
-from maml.networks.layers import BatchNorm, is_by_batch, maxima, normalized, sign_of
+from maml.networks.layers import BatchNorm, is_by_batch, normalized, normalized_by, sign_of
 
 _STEP = contextvars.ContextVar("inner_step", default=None)
 
@@ -70,8 +70,7 @@ class StepBatchNorm(BatchNorm):
             self._keep(x)
             y = normalized(x, self.epsilon, self.pools, sign)[0]
         else:
-            y = (x - self.mean) * tf.math.rsqrt(self.variance + self.epsilon)
-            y = maxima(y, sign) if self.pools else y
+            y = normalized_by(x, self.mean, self.variance, self.epsilon, self.pools, sign)
         return y * gamma + beta
 
     def get_config(self):
