@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import pathlib
+import sys
 
 import keras
 import numpy as np
@@ -222,6 +224,8 @@ def test_the_command_measures_and_writes_what_it_promises(tmp_path):
     results = json.loads(path.read_text())
     assert results["versions"].keys() >= {"tensorflow", "keras", "numpy", "python"}
     assert results["machine"]["cpu"] and results["machine"]["cores"] >= 1
+    flags = pathlib.Path("/proc/cpuinfo").read_text().split() if sys.platform == "linux" else []
+    assert ("(AVX2)" in results["machine"]["cpu"]) == ("avx2" in flags and "avx512f" not in flags)
     assert len(results["machine"]["load_average_before"]) == 3
     assert results["options"] == {"against": "loop", "rounds": 2, "seconds": 0.1, "seed": 0}
     (row,) = results["workloads"]
