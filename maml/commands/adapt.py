@@ -2,6 +2,7 @@
 
 import dataclasses
 import pathlib
+from collections.abc import Iterator
 
 import keras
 import numpy as np
@@ -25,7 +26,7 @@ from maml.runs.load import trained
 from maml.settings.settings import RANDOM, Settings
 from maml.training import devices
 
-AT_ONCE = 100  # query images, where a prediction does not depend on the others
+AT_ONCE = 100  # images, where what is made of one does not depend on the others
 
 
 def classify(request: Request) -> None:
@@ -138,8 +139,7 @@ def adapt(
     n = len(query.pixels)
     part = n if transductive else min(n, AT_ONCE)
     outputs = []
-    for begin in range(0, n, part):
-        rows = np.arange(begin, begin + part).clip(max=n - 1)  # of one size, so that nothing is traced anew
+    for rows in _parts(n, part):
         unknown = np.zeros(part, np.int32)
         episode = Episode(support.pixels, support.labels, query.pixels[rows], unknown)
         found = learner.evaluate(
@@ -157,6 +157,11 @@ def adapt(
         )
     odds = np.exp(logits - logits.max(-1, keepdims=True))
     return Predictions(loss, odds / odds.sum(-1, keepdims=True), found.support["accuracy"][0].numpy())
+
+
+def _parts(n: int, size: int) -> Iterator[np.ndarray]:
+    """Rows 0…n−1 in parts of one size, so that nothing is traced anew; the last is filled up with row n−1."""
+    return (np.arange(begin, begin + size).clip(max=n - 1) for begin in range(0, n, size))
 
 
 def _weights(settings: Settings, iteration: int, from_run: bool) -> str:
@@ -184,15 +189,17 @@ def _write_embedding(
     final: np.ndarray,
 ) -> list[str]:
     """Draws what the learner makes of the photographs, and writes it for TensorBoard's projector."""
-    empty = np.zeros(1, np.int32)
-    episode = learner.to_floating(
-        Episode(tf.constant(support.pixels), empty, tf.constant(query.pixels), empty)
-    )
-    theta = learner.weights()
-    vectors = [
-        flat(learner.embedded(theta, x, episode.support_x)).numpy()
-        for x in (episode.support_x, episode.query_x)
-    ]
+    theta, empty = learner.weights(), np.zeros(1, np.int32)
+
+    @tf.function(autograph=False)
+    def embedded(pixels: tf.Tensor) -> tf.Tensor:
+        episode = learner.to_floating(Episode(tf.constant(support.pixels), empty, pixels, empty))
+        return flat(learner.embedded(theta, episode.query_x, episode.support_x))
+
+    vectors = []
+    for pixels in (support.pixels, query.pixels):
+        parts = _parts(len(pixels), min(len(pixels), AT_ONCE))
+        vectors.append(np.concatenate([embedded(tf.constant(pixels[rows])) for rows in parts])[: len(pixels)])
     guesses = final.argmax(-1)
     embedding.draw(
         out / embedding.PICTURE, classes, vectors[0], support.labels, vectors[1], guesses, query.labels

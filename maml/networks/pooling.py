@@ -3,7 +3,7 @@
 import numpy as np
 import tensorflow as tf
 
-from maml.networks.standardise import _mean_in_blocks, is_large
+from maml.networks.standardise import _mean_in_blocks, compiled, is_large
 
 _ROWS_AND_COLUMNS = ((0, 0), (0, 1), (1, 0), (1, 1))
 
@@ -113,7 +113,7 @@ def _share(z, x):
     return z.shape.num_elements() / x.shape.num_elements()
 
 
-@tf.function(jit_compile=True)
+@compiled
 def _norm_forward(x, sign, epsilon):
     """The standardized maxima z, the mean, the scale 1/√(variance + epsilon), the variance, the places."""
     mean = _channel_mean(x)
@@ -125,7 +125,7 @@ def _norm_forward(x, sign, epsilon):
     return z, mean, scale, variance, _place(x * sign, *size)
 
 
-@tf.function(jit_compile=True)
+@compiled
 def _norm_gradient(dz, dmean, dscale, x, places, z, mean, scale):
     """The gradient in x that dz, dmean and dscale make, the gradients of a loss in `_norm_forward`'s results.
 
@@ -143,7 +143,7 @@ def _along(dz, dscale, x, z, scale):
     return _channel_mean(dz) * share, _channel_mean(dz * z) * share + dscale * scale / count
 
 
-@tf.function(jit_compile=True)
+@compiled
 def _norm_second_gradient(later, dz, dmean, dscale, x, places, z, mean, scale):
     """The gradients in dz, dmean, dscale and x of a loss whose gradient in `_norm_gradient`'s is `later`."""
     y = (x - mean) * scale
@@ -157,4 +157,4 @@ def _norm_second_gradient(later, dz, dmean, dscale, x, places, z, mean, scale):
     return in_dz, later_mean, -tf.square(scale) * later_along_y, in_x
 
 
-_COMPILED = tuple(tf.function(rule, jit_compile=True) for rule in (_place, _to_maxima, _of_maxima))
+_COMPILED = tuple(compiled(rule) for rule in (_place, _to_maxima, _of_maxima))

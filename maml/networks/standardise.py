@@ -51,6 +51,23 @@ def _rules(x: tf.Tensor) -> tuple[Callable, ...]:
     return _COMPILED if is_large(x) else (_forward, _gradient, _second_gradient)
 
 
+def compiled(rule: Callable) -> Callable:
+    """The rule compiled by XLA, for each size of maps a function of its own.
+
+    Outside a graph a network has maps of five sizes: of one function TensorFlow would warn that it is traced
+    anew each time. It tells partial objects apart, functions by their code.
+    """
+    of_size = functools.cache(
+        lambda *_: tf.function(functools.partial(rule), autograph=False, jit_compile=True)
+    )
+
+    def call(*arguments):
+        sizes = ((x.dtype, x.shape) if tf.is_tensor(x) else x for x in arguments)
+        return of_size(*sizes)(*arguments)
+
+    return call
+
+
 def is_large(x: tf.Tensor, saves: int = 1) -> bool:
     """Whether a map is worth the call of a compiled rule, which saves so many times a norm's passes."""
     return (x.shape.num_elements() or 0) * saves >= LARGE_MAP
@@ -122,6 +139,6 @@ def _affine_in_blocks(y, gamma, beta):
 _IN_BLOCKS = tuple(
     functools.partial(rule, mean=_mean_in_blocks) for rule in (_forward, _gradient, _second_gradient)
 )
-_COMPILED = tuple(tf.function(rule, jit_compile=True) for rule in _IN_BLOCKS)
-_affine_compiled = tf.function(_affine_in_blocks, jit_compile=True)
+_COMPILED = tuple(compiled(rule) for rule in _IN_BLOCKS)
+_affine_compiled = compiled(_affine_in_blocks)
 LARGE_MAP = 1 << 18

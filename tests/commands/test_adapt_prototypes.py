@@ -55,6 +55,22 @@ def test_more_classes_than_outputs_are_classified_by_the_nearest_class_mean():
     assert (found == query.labels).mean() > 2 / WAY  # twice chance, untrained
 
 
+def test_the_embedding_is_the_same_in_parts(tmp_path, monkeypatch):
+    settings, support, query = parse(SMALL), photographs(3, 0), photographs(5, 1)
+    algorithm, _ = trained(settings, from_run=False)
+    learner = adapt.adapting(algorithm, settings, support, way=WAY, prototypes=True)
+    classes, guesses = tuple(map(str, range(WAY))), np.eye(WAY)[query.labels]
+    for at_once in (100, 4):
+        monkeypatch.setattr(adapt, "AT_ONCE", at_once)
+        (tmp_path / str(at_once)).mkdir()
+        adapt._write_embedding(tmp_path / str(at_once), classes, learner, support, query, guesses)
+    whole, parts = (
+        np.loadtxt(tmp_path / name / embedding.PROJECTOR / "vectors.tsv") for name in ("100", "4")
+    )
+    assert len(whole) == 8 * WAY
+    np.testing.assert_allclose(parts, whole, atol=1e-5)
+
+
 def test_a_network_that_does_not_end_with_its_head_has_no_backbone():
     features = conv4((SIDE, SIDE, 3), None, filters=4, max_pool=True, flatten=True)
     with pytest.raises(UserError, match="ends with its head"):

@@ -299,3 +299,16 @@ def test_no_map_of_the_norms_size_is_an_operation_of_its_own(monkeypatch):
         outputs = itertools.chain(*(op.outputs for op in graph.get_operations() if op.inputs))
         written.append(sum(x.shape.num_elements() == 4 * 64 * 64 * 16 for x in outputs))
     assert written[0] < written[1]
+
+
+@pytest.mark.usefixtures("size")
+def test_maps_of_many_sizes_outside_a_graph_are_no_retracing(caplog):
+    for side in (16, 18, 20):
+        network = conv4((side, side, 3), None, filters=2, max_pool=True, flatten=True)
+        called, x = Stateless(network), tf.zeros((2, side, side, 3))
+        weights = [tf.convert_to_tensor(variable) for variable in network.trainable_variables]
+        with tf.GradientTape() as tape:
+            tape.watch(weights)
+            y, _ = called.by_batch(weights, x, noise=0)
+        assert tape.gradient(y, weights)[0] is not None
+    assert "retracing" not in caplog.text
