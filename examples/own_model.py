@@ -23,16 +23,14 @@ def waves(seed: int, points: int = 10) -> Iterator[tuple[np.ndarray, ...]]:
 
 
 def main(iterations: int = 3000) -> None:
-    """Prints the error on unseen waves after each step of adaptation, and what one wave is taken for."""
+    """Prints the losses on unseen waves after each step of adaptation, and what one wave is taken for."""
     keras.utils.set_random_seed(0)
     hidden = [keras.layers.Dense(40, activation="relu") for _ in range(2)]
     model = keras.Sequential([keras.Input((1,)), *hidden, keras.layers.Dense(1)])
     learner = Learner(model, "mean_squared_error", inner_lr=0.01)
     learner.fit(waves(seed=0), iterations=iterations, meta_batch=25)
 
-    error = learner.evaluate(waves(seed=1), tasks=200, steps=5).query["loss"].mean(axis=0)
-    for step, value in enumerate(error):
-        print(f"mean squared error after {step} steps: {value:.2f}")
+    print(learner.evaluate(waves(seed=1), tasks=200, steps=5))  # .query["loss"]: [tasks, steps + 1]
     support_x, support_y, x, y = next(waves(seed=2))
     found = learner.adapt(support_x, support_y, steps=5).predict(x, verbose=0)
     print(np.round(np.hstack([x, y, found]), 2))

@@ -23,6 +23,9 @@ class Scores(NamedTuple):
 
     values: np.ndarray
 
+    def __repr__(self) -> str:
+        return f"{self.mean:#.4g} ± {self.ci95:#.2g} (95 % CI) over {len(self.values):,} tasks"
+
     @property
     def mean(self) -> float:
         """Over the tasks."""

@@ -39,6 +39,20 @@ class TestResult(NamedTuple):
     query: dict[str, np.ndarray]
     predictions: np.ndarray | None = None
 
+    def __repr__(self) -> str:
+        """A line for each number of inner steps: means over the tasks and their 95 % confidence intervals."""
+        columns = {
+            f"{where} {name}": series(values)
+            for where in ("support", "query")
+            for name, values in getattr(self, where).items()
+        }
+        tasks, rows = self.query[self.measure].shape
+        lines = [f"{tasks:,} tasks, means ± 95 % CI", "step" + "".join(f"{name:>20}" for name in columns)]
+        for step in range(rows):
+            cells = (f"{found.mean[step]:#.4g} ± {found.ci95[step]:#.2g}" for found in columns.values())
+            lines.append(f"{step:>4}" + "".join(f"{cell:>20}" for cell in cells))
+        return "\n".join(lines)
+
     @property
     def measure(self) -> str:
         """The measure that tasks are judged by: "accuracy", or "loss" for regression."""

@@ -8,6 +8,7 @@ import re
 
 import numpy as np
 
+from maml.learners.comparison import Scores
 from maml.runs import files, results
 from maml.settings.settings import parse
 from maml.training import evaluate
@@ -44,3 +45,16 @@ def test_tests_that_end_together_keep_all_results(tmp_path):
     (table,) = folder.glob("test_*.csv")
     rows = list(csv.reader(table.read_text().splitlines()))
     assert rows[1] == [str(float(entries[-1]["protocol"]["tasks"]))] * 11  # of the last one, whole
+
+
+def test_a_result_prints_its_means_over_tasks():
+    """Of 1, 2 and 3 the mean is 2 and the interval 1.96·√(2/3)/√3 = 0.924; of 0, 0 and 1.5, 0.5 and 0.800."""
+    loss = np.array([[1.0, 0.0], [2.0, 0.0], [3.0, 1.5]])
+    text = str(evaluate.TestResult({}, {"loss": loss, "accuracy": 0 * loss}))
+    assert text.splitlines() == [
+        "3 tasks, means ± 95 % CI",
+        "step          query loss      query accuracy",
+        "   0        2.000 ± 0.92         0.000 ± 0.0",
+        "   1       0.5000 ± 0.80         0.000 ± 0.0",
+    ]
+    assert str(Scores(loss[:, 0])) == "2.000 ± 0.92 (95 % CI) over 3 tasks"
