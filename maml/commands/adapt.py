@@ -17,7 +17,7 @@ from maml.errors import Failure
 from maml.learners.base import Algorithm
 from maml.learners.losses import LossFunction, mean_cross_entropy
 from maml.learners.metric import BATCH, Metric, flat
-from maml.learners.prototypical import Prototypical
+from maml.learners.prototypical import Prototypical, fair_sharpness
 from maml.networks.stateless import backbone_of
 from maml.reports import embedding, predictions
 from maml.reports.predictions import Predictions
@@ -98,13 +98,15 @@ def adapting(
         support: with labels in 0…way−1; the numbers per class may differ.
         way: N, the classes: of a learner with inner steps, at most the network's outputs.
         prototypes: the features of the network, without its head, as those of a prototypical network, batch
-            norm by the support set's statistics.
+            norm by the support set's statistics, as sure as they would be right on the support set.
     """
     if isinstance(trained, Metric):
         return trained
     scale = settings.dataset.scale
     if prototypes:
-        return Prototypical(backbone_of(trained.network), test_statistics=BATCH, scale=scale)
+        learner = Prototypical(backbone_of(trained.network), test_statistics=BATCH, scale=scale)
+        learner.sharpness = fair_sharpness(_embedded(learner, support, support.pixels), support.labels)
+        return learner
     kind = type(trained)
     per_class = 1 if kind.loss_function(settings) is not mean_cross_entropy else way
     learner = kind(
@@ -180,6 +182,19 @@ def _method(settings: Settings, prototypes: bool) -> str:
     return f"α {settings.update_lr:g}, {settings.tested_steps} steps"
 
 
+def _embedded(learner: Metric, support: Photographs, pixels: np.ndarray) -> np.ndarray:
+    """Embeddings [n, d] of pixels [n, H, W, C], as queries beside a support set."""
+    theta, empty = learner.weights(), np.zeros(1, np.int32)
+
+    @tf.function(autograph=False)
+    def embedded(part: tf.Tensor) -> tf.Tensor:
+        episode = learner.to_floating(Episode(tf.constant(support.pixels), empty, part, empty))
+        return flat(learner.embedded(theta, episode.query_x, episode.support_x))
+
+    parts = _parts(len(pixels), min(len(pixels), AT_ONCE))
+    return np.concatenate([embedded(tf.constant(pixels[rows])) for rows in parts])[: len(pixels)]
+
+
 def _write_embedding(
     out: pathlib.Path,
     classes: tuple[str, ...],
@@ -189,17 +204,7 @@ def _write_embedding(
     final: np.ndarray,
 ) -> list[str]:
     """Draws what the learner makes of the photographs, and writes it for TensorBoard's projector."""
-    theta, empty = learner.weights(), np.zeros(1, np.int32)
-
-    @tf.function(autograph=False)
-    def embedded(pixels: tf.Tensor) -> tf.Tensor:
-        episode = learner.to_floating(Episode(tf.constant(support.pixels), empty, pixels, empty))
-        return flat(learner.embedded(theta, episode.query_x, episode.support_x))
-
-    vectors = []
-    for pixels in (support.pixels, query.pixels):
-        parts = _parts(len(pixels), min(len(pixels), AT_ONCE))
-        vectors.append(np.concatenate([embedded(tf.constant(pixels[rows])) for rows in parts])[: len(pixels)])
+    vectors = [_embedded(learner, support, pixels) for pixels in (support.pixels, query.pixels)]
     guesses = final.argmax(-1)
     embedding.draw(
         out / embedding.PICTURE, classes, vectors[0], support.labels, vectors[1], guesses, query.labels
@@ -250,6 +255,8 @@ def remarks(
             f"warning: from {few} to {many} support photographs per class: those of few will seldom be "
             f"predicted. Equal numbers are fairer"
         )
+    if by_prototypes and many == 1:
+        said.append("warning: from one photograph of each class nobody can tell how sure prototypes may be")
     known = set(support.digests)
     if twice := [name for name, digest in zip(query.names, query.digests, strict=True) if digest in known]:
         more = f" and {len(twice) - 3} more" if len(twice) > 3 else ""

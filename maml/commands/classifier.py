@@ -22,7 +22,7 @@ def classifier(
     """A model from pixels [n, H, W, C], as the network is given them, to probabilities [n, N] of the classes.
 
     A network is adapted by `steps` inner steps. Of prototypes c_k the head is linear: −‖f − c_k‖² is
-    2 f·c_k − ‖c_k‖², but for a term that is the same for all classes.
+    2 f·c_k − ‖c_k‖², but for a term that is the same for all classes; the learner's sharpness multiplies it.
 
     Args:
         learner: see `maml.commands.adapt.adapting`: prototypical, or one that adapts weights.
@@ -55,7 +55,7 @@ def classifier(
     if head is not None:
         dense = keras.layers.Dense(way, name="prototypes")
         outputs = dense(outputs)
-        dense.set_weights([2 * head.T, -(head**2).sum(1)])
+        dense.set_weights([learner.sharpness * part for part in (2 * head.T, -(head**2).sum(1))])
     return keras.Model(inputs, keras.layers.Softmax(name="probabilities")(outputs), name="adapted")
 
 

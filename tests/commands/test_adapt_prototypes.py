@@ -11,6 +11,7 @@ from werkzeug.test import Client
 from maml.commands import adapt
 from maml.datasets.user_images import Photographs
 from maml.errors import UserError
+from maml.learners.prototypical import fair_sharpness
 from maml.networks.conv4 import conv4
 from maml.networks.stateless import backbone_of
 from maml.reports import embedding
@@ -53,6 +54,28 @@ def test_more_classes_than_outputs_are_classified_by_the_nearest_class_mean():
     by_hand = ((q.numpy()[:, None] - prototypes) ** 2).sum(-1).argmin(-1)
     np.testing.assert_array_equal(found, by_hand)
     assert (found == query.labels).mean() > 2 / WAY  # twice chance, untrained
+
+
+def test_prototypes_are_as_sure_as_the_support_set_bears_out():
+    """By hand: each embedding's distances to the other classes' means and to its own without it."""
+    rng = np.random.default_rng(0)
+    labels = np.repeat(np.arange(3), (4, 5, 2))
+    f = 10 * (rng.normal(size=(11, 6)) + labels[:, None] * rng.normal(size=6))
+
+    def loss(s: float) -> float:
+        total = 0.0
+        for i in range(11):
+            others = np.arange(11) != i
+            means = np.stack([f[others & (labels == c)].mean(0) for c in range(3)])
+            logits = -s * ((f[i] - means) ** 2).sum(-1)
+            total += np.log(np.exp(logits - logits.max()).sum()) + logits.max() - logits[labels[i]]
+        return total
+
+    found = fair_sharpness(f.astype(np.float32), labels)
+    assert 1e-4 < found < 0.1 and loss(1) > 3 * loss(found)
+    assert all(loss(found) <= loss(found * factor) for factor in (0.5, 0.99, 1.01, 2))
+    assert fair_sharpness(f / 1e3, labels) == 1  # never surer than equation 2
+    assert fair_sharpness(f[:3], np.arange(3)) == 1 == fair_sharpness(np.ones((4, 2)), np.arange(4) // 2)
 
 
 def test_the_embedding_is_the_same_in_parts(tmp_path, monkeypatch):
