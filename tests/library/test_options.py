@@ -148,6 +148,8 @@ def test_metric_learners_keep_constraints_in_the_outer_loop():
     )
     learner.fit([models.episode(seed=seed) for seed in (0, 10)], iterations=2, meta_batch=2)
     assert all(v.numpy().min() >= 0 for v in backbone.trainable_variables if v.name == "kernel")
+    found = learner.evaluate([models.episode()], tasks=1)
+    assert found.query["accuracy"].shape == (1, 1)  # it takes no steps
 
 
 # --- Metrics ----------------------------------------------------------------------------------------
