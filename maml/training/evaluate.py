@@ -47,10 +47,11 @@ class TestResult(NamedTuple):
             for name, values in getattr(self, where).items()
         }
         tasks, rows = self.query[self.measure].shape
-        lines = [f"{tasks:,} tasks, means ± 95 % CI", "step" + "".join(f"{name:>20}" for name in columns)]
+        width = max(20, *(len(name) + 2 for name in columns))
+        lines = [f"{tasks:,} tasks, means ± 95 % CI", "step" + "".join(f"{name:>{width}}" for name in columns)]
         for step in range(rows):
             cells = (f"{found.mean[step]:#.4g} ± {found.ci95[step]:#.2g}" for found in columns.values())
-            lines.append(f"{step:>4}" + "".join(f"{cell:>20}" for cell in cells))
+            lines.append(f"{step:>4}" + "".join(f"{cell:>{width}}" for cell in cells))
         return "\n".join(lines)
 
     @property
