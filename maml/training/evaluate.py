@@ -48,7 +48,10 @@ class TestResult(NamedTuple):
         }
         tasks, rows = self.query[self.measure].shape
         width = max(20, *(len(name) + 2 for name in columns))
-        lines = [f"{tasks:,} tasks, means ± 95 % CI", "step" + "".join(f"{name:>{width}}" for name in columns)]
+        lines = [
+            f"{tasks:,} tasks, means ± 95 % CI",
+            "step" + "".join(f"{name:>{width}}" for name in columns),
+        ]
         for step in range(rows):
             cells = (f"{found.mean[step]:#.4g} ± {found.ci95[step]:#.2g}" for found in columns.values())
             lines.append(f"{step:>4}" + "".join(f"{cell:>{width}}" for cell in cells))
