@@ -204,7 +204,8 @@ def _write_embedding(
     final: np.ndarray,
 ) -> list[str]:
     """Draws what the learner makes of the photographs, and writes it for TensorBoard's projector."""
-    vectors = [_embedded(learner, support, pixels) for pixels in (support.pixels, query.pixels)]
+    pixels = np.concatenate([support.pixels, query.pixels])
+    vectors = np.split(_embedded(learner, support, pixels), [len(support.pixels)])
     guesses = final.argmax(-1)
     embedding.draw(
         out / embedding.PICTURE, classes, vectors[0], support.labels, vectors[1], guesses, query.labels

@@ -108,8 +108,8 @@ class Metric(Algorithm):
         """
         if not common.setdefault("classification", True):
             raise UserError("expected tasks of classes, got a regression. Use a learner as maml or reptile.")
+        common["inner_steps"] = 0
         super().__init__(network, loss or type(self).own_loss, **common)
-        self.inner_steps = 0
         self.train_num_classes = train_num_classes or None
         self.test_statistics = test_statistics
         _check_norms(network, test_statistics)

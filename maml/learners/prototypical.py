@@ -33,11 +33,11 @@ DISTANCE = Flag(
 class Prototypical(Metric):
     """A class is the mean of its support embeddings, its prototype; the nearest prototype is the answer.
 
-    Attributes:
-        sharpness: factor of all distances; 1: equation 2. See `fair_sharpness`.
-
     As in the authors' code: squared Euclidean distances are summed over the features, the loss is the mean
     over the queries, and the test is by moving statistics. The paper trains with more ways than it tests.
+
+    Attributes:
+        sharpness: factor of all distances; 1: equation 2. See `fair_sharpness`.
     """
 
     flags = (
