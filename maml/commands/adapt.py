@@ -54,9 +54,7 @@ def classify(request: Request) -> None:
         written += _write_embedding(out, classes, algorithm, support, query, final)
     print(f"wrote {', '.join(written)} in {out}")
     if save or export:
-        model = classifier.classifier(
-            algorithm, support, way=len(classes), steps=steps, scale=settings.dataset.scale
-        )
+        model = classifier.classifier(algorithm, support, steps=steps, scale=settings.dataset.scale)
         shape = "×".join(map(str, model.input_shape[1:]))
         pixels = f"0…{settings.dataset.scale:g}" if settings.dataset.scale > 1 else "ink 1, paper 0"
         paths = classifier.write(model, classes, save, export)

@@ -10,6 +10,7 @@ import tensorflow as tf
 from maml.episodes import EpisodeSpec
 from maml.errors import Failure, UserError
 from maml.learners import saving
+from maml.learners.adapted import model_of
 from maml.learners.base import Algorithm
 from maml.learners.gradient_check import GradientCheck
 from maml.learners.losses import Loss, ScalarLoss, is_custom, takes_labels
@@ -282,12 +283,14 @@ class Learner(Workings):
         )
 
     def adapt(self, support_x: Arrays, support_y: Arrays, steps: int | None = None) -> keras.Model:
-        """A copy of the model, adapted to a support set; deterministic.
+        """The model, adapted to a support set; deterministic, a copy.
 
         The copy is a Keras model of its own: it predicts, and can be saved as `.keras`, which Keras loads
         once something has been imported from maml, so that it knows maml's layers. Its `maml.BatchNorm`
         layers normalize by the statistics of the support set under the adapted weights, so that a
         prediction does not depend on the other inputs: what `evaluate(transductive=False)` measures.
+        Of "prototypical" it is the embedding with a linear layer for the classes there are, whose outputs are
+        those of `predict` but for ‖f‖², which softmax does not see.
 
         Args:
             support_x: inputs [n, …].
@@ -299,20 +302,16 @@ class Learner(Workings):
             Failure: if the adapted weights are not finite.
         """
         x, y, steps = self._support(support_x, support_y, steps)
-        weights, state = self._adapt(x, y, steps)
-        if not all(np.isfinite(values).all() for values in weights):
+        found = self._adapt(x, y, steps)
+        if not all(np.isfinite(values).all() for values in found.head):
+            raise Failure("the prototypes are not finite. Scale the inputs down.")
+        if not all(np.isfinite(values).all() for values in found.weights):
             rate = self._assembly.options.get("inner_lr", float("nan"))
             raise Failure(
                 f"the weights are not finite after {int(steps)} steps of α = {rate:g}. Take fewer steps or a "
                 f"smaller inner_lr."
             )
-        adapted = copies.full_copy(self.model, x)
-        values = {id(v): value for v, value in zip(self.model.trainable_variables, weights, strict=True)}
-        others = self.model.non_trainable_variables
-        values |= {id(v): value for v, value in zip(others, state, strict=True)}
-        for variable, own in zip(adapted.variables, self.model.variables, strict=True):
-            variable.assign(values[id(own)])
-        return adapted
+        return model_of(self.model, found, x)
 
     def predict(
         self,

@@ -79,6 +79,17 @@ class Prototypical(Metric):
         """−d(f(x), c_k) [n, N], the logits of equation 2."""
         return -self.sharpness * self.distance(embedding, state.support)
 
+    def linear(self, state: Embedded) -> tuple[tf.Tensor, ...]:
+        """Weights [d, N] and biases [N] of the linear layer that classifies embeddings as the prototypes do.
+
+        −‖f − c_k‖² is 2 f·c_k − ‖c_k‖² (section 2.4) but for −‖f‖², the same for all classes. Of cosine
+        distances, which are not linear, none: ().
+        """
+        if self.distance is not squared_euclidean:
+            return ()
+        c = state.support
+        return 2 * self.sharpness * tf.transpose(c), -self.sharpness * tf.reduce_sum(tf.square(c), 1)
+
 
 def fair_sharpness(embedding: np.ndarray, labels: np.ndarray) -> float:
     """The s ≤ 1 for which a softmax of −s·‖f − c_k‖² is as sure as it is right.

@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from maml.episodes import Episode, EpisodeSpec, SemiSupervisedEpisode
 from maml.errors import Failure, UserError
+from maml.learners.adapted import Parts, parts
 from maml.learners.base import Algorithm
 from maml.learners.options import (
     Assembly,
@@ -20,7 +21,6 @@ from maml.learners.proof import Proof, check_surroundings
 from maml.learners.unequal import UnequalTasks
 from maml.learners.watching import Watch, put_averages
 from maml.networks.checks import check_model
-from maml.networks.stateless import Weights
 from maml.training import given
 from maml.training.evaluate import TestResult
 from maml.training.given import Episodes
@@ -216,19 +216,10 @@ class Workings:
         x, y = tf.nest.map_structure(tf.convert_to_tensor, self._needs.support(x, y))
         return x, y, tf.constant(steps)
 
-    def _adapted(self, x: tf.Tensor, y: tf.Tensor, steps: tf.Tensor) -> tuple[Weights, Weights]:
-        """The weights after some inner steps on a support set, and the non-trainable values with them."""
+    def _adapted(self, x: tf.Tensor, y: tf.Tensor, steps: tf.Tensor) -> Parts:
+        """What the model becomes after some inner steps on a support set."""
         x, y, *_ = self.algorithm.to_floating(Episode(x, y, x, y))
-        state = self.algorithm.adapted(x, y, steps)
-        weights = getattr(self.algorithm, "fast_weights", lambda state: state)(state)
-        variables = self.model.trainable_variables
-        if not isinstance(weights, list) or len(weights) < len(variables):
-            raise UserError(
-                f"adapt: {self._assembly.kind.__name__} adapts no weights, so that there is no adapted "
-                f"model. Use predict(support_x, support_y, query_x)."
-            )
-        weights = weights[: len(variables)]
-        return weights, self.algorithm.stateless.state_after(weights, x)
+        return parts(self.algorithm, x, y, steps)
 
     def _predicted(
         self, x: tf.Tensor, y: tf.Tensor, steps: tf.Tensor, query_x: tf.Tensor, *unlabeled_x: tf.Tensor

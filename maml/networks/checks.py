@@ -100,8 +100,9 @@ def _objection(layer: keras.layers.Layer, second_order: bool) -> str | None:
     layers = keras.layers
     wrong = "has a wrong second derivative in TensorFlow, and meta-gradients with it."
     if isinstance(layer, layers.BatchNormalization) and layer.trainable:
+        why = wrong if second_order else "has moving statistics, which tasks must not share."
         return (
-            f"{wrong} Use maml.BatchNorm, give swap_norms=True to have maml.MovingBatchNorm put in its "
+            f"{why} Use maml.BatchNorm, give swap_norms=True to have maml.MovingBatchNorm put in its "
             f"place, or freeze the layer (trainable = False), so that it normalizes by its moving statistics."
         )
     if isinstance(layer, layers.SpectralNormalization) or getattr(layer, "stateful", False):

@@ -44,10 +44,10 @@ def load_run(path: str | os.PathLike, *, checkpoint: str = "newest") -> Learner:
 
 
 def load_pretrained(name: str) -> Learner:
-    """A learner with weights that come with the package, ready to `adapt` or, of a metric learner, `predict`.
+    """A learner with weights that come with the package, ready to `adapt` and `predict`.
 
-        learner = maml.load_pretrained("omniglot_5way_1shot")
-        model = learner.adapt(support_x, support_y, steps=3)  # drawings [n, 28, 28, 1], ink 1; labels [n]
+        learner = maml.load_pretrained("omniglot_prototypical")
+        model = learner.adapt(support_x, support_y)  # drawings [n, 28, 28, 1], ink 1; labels [n]
 
     See `load_run` for its inputs and loss. Nothing is downloaded; the file's checksum is compared.
 

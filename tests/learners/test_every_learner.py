@@ -8,7 +8,7 @@ import maml.training.outer_loop
 from examples.every_learner import TOYS, accuracy, learner
 from examples.logistic_regression import META_BATCH, SPEC
 from maml import tables
-from maml.errors import UserError
+from maml.errors import Failure, UserError
 
 import keras  # isort: skip
 import tensorflow as tf  # isort: skip
@@ -42,15 +42,31 @@ def test_a_learner_learns_the_toy_and_is_kept(name, tmp_path):
     for value, needed in zip(values_of(loaded), values_of(found), strict=True):
         np.testing.assert_array_equal(value, needed)
     support_x, support_y, query_x, *_ = (x[0] for x in points.sample(SPEC, "test", tf.zeros(1, tf.int64)))
-    if not tables.LEARNERS[name].steps or name == "leo":  # it adapts no weights
+    if name != "prototypical" and (not tables.LEARNERS[name].steps or name == "leo"):
         with pytest.raises(UserError, match="adapts no weights"):
             found.adapt(support_x, support_y)
         return
     adapted = found.adapt(support_x, support_y)
     needed = found.predict(support_x, support_y, query_x)
+    if name == "prototypical":  # −‖f − c‖² without −‖f‖²
+        needed = needed + np.square(found.model(query_x)).sum(-1, keepdims=True)
     adapted.save(tmp_path / "adapted.keras")
     for model in (adapted, keras.saving.load_model(tmp_path / "adapted.keras"), maml.plain(adapted)):
         np.testing.assert_allclose(model(query_x), needed, rtol=1e-4, atol=1e-5)
+
+
+def test_prototypes_adapt_to_any_number_of_classes_by_euclidean_distances():
+    rng = np.random.default_rng(0)
+    x, y, queries = rng.normal(size=(12, 50)), np.arange(12) % 4, rng.normal(size=(5, 50))
+    found = learner("prototypical", 1)
+    model = found.adapt(x, y)
+    assert model.output_shape == (None, 4) and model.get_layer("prototypes").kernel.shape[1] == 4
+    needed = tf.nn.softmax(found.predict(x, y, queries))
+    np.testing.assert_allclose(tf.nn.softmax(model(queries)), needed, rtol=1e-4, atol=1e-6)
+    with pytest.raises(UserError, match="as there is of prototypical by Euclidean"):
+        learner("prototypical", 1, distance="cosine").adapt(x, y)
+    with pytest.raises(Failure, match="the prototypes are not finite"):
+        found.adapt(x * 1e25, y)
 
 
 def test_unlabeled_examples_are_learned_from_in_the_library():

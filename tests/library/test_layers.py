@@ -284,6 +284,12 @@ def test_what_would_be_silently_wrong_is_refused_by_name(layer, instead):
         Learner(unfit(layer()), LOGITS, inner_lr=0.1)
 
 
+def test_a_learner_without_steps_is_told_of_statistics_and_not_of_derivatives():
+    needed = "has moving statistics, which tasks must not share. Use maml.BatchNorm"
+    with pytest.raises(UserError, match=needed):
+        Learner(unfit(L.BatchNormalization(name="mine")), LOGITS, algorithm="prototypical")
+
+
 def test_what_hides_in_other_layers_is_refused_too():
     inner = L.TimeDistributed(L.BatchNormalization(name="hidden"))
     model = keras.Sequential([keras.Input((3, 4)), L.Dense(4), inner, L.Flatten(), L.Dense(WAY)])

@@ -50,6 +50,14 @@ def test_the_sinusoids_weights_give_the_result_beside_them():
     np.testing.assert_allclose(found.series("loss").ci95, result["ci95"], rtol=1e-2)
 
 
+def test_the_shipped_prototypes_make_a_model_of_drawings():
+    learner, rng = load_pretrained("omniglot_prototypical"), np.random.default_rng(0)
+    x, y = rng.integers(0, 2, (6, 28, 28, 1)).astype(np.uint8), np.arange(6) % 3
+    model = learner.adapt(x, y)
+    needed = tf.nn.softmax(learner.predict(x, y, x))
+    np.testing.assert_allclose(tf.nn.softmax(model.predict(x, verbose=0)), needed, atol=1e-4)
+
+
 # --- An entry of a run ----------------------------------------------------------------------------------
 
 
