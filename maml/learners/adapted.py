@@ -1,4 +1,4 @@
-"""What a learner makes of a support set, as a Keras model."""
+"""A network after adaptation to a support set, as a Keras model."""
 
 from typing import NamedTuple
 
@@ -15,7 +15,7 @@ HEAD = "prototypes"
 
 
 class Parts(NamedTuple):
-    """What a network becomes.
+    """A network after adaptation.
 
     Fields:
         weights: of its trainable variables.

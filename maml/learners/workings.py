@@ -217,7 +217,7 @@ class Workings:
         return x, y, tf.constant(steps)
 
     def _adapted(self, x: tf.Tensor, y: tf.Tensor, steps: tf.Tensor) -> Parts:
-        """What the model becomes after some inner steps on a support set."""
+        """The model after some inner steps on a support set."""
         x, y, *_ = self.algorithm.to_floating(Episode(x, y, x, y))
         return parts(self.algorithm, x, y, steps)
 
