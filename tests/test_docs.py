@@ -199,7 +199,7 @@ def is_name(text: str) -> bool:
         return True
     if not rest:
         return bool({first, first.rstrip("0123456789")} & all_names())
-    if re.fullmatch(r"\w+\.(json|csv|png|zip|tar)", text):
+    if re.fullmatch(r"\w+\.(json|csv|npz|png|zip|tar)", text):
         return first in all_names()
     while rest:
         if rest[0] not in owners().get(first, ()):

@@ -4,6 +4,7 @@ import pathlib
 import re
 
 from maml import tables
+from maml.commands.photographs import network_settings
 from maml.commands.table import PREPARABLE
 from maml.errors import UserError
 from maml.runs import files
@@ -84,15 +85,20 @@ def _check_lengths(compared: list[Settings]) -> None:
         )
 
 
-def embed(operands: list[str]) -> tuple[Settings, pathlib.Path]:
-    """The settings of the run folder, and the file to write."""
-    settings = files.test_settings(pathlib.Path(operands[0]), jobs.given_flags())
+def embed(operands: list[str]) -> tuple[Settings, pathlib.Path, bool]:
+    """The settings of a run folder or of weights, the file to write, and whether it is a run folder."""
+    (name,) = operands
+    from_run = name not in tables.shipped() or pathlib.Path(name).is_dir()
+    if from_run:
+        settings = files.test_settings(pathlib.Path(name), jobs.given_flags())
+    else:
+        settings = network_settings(None, None, jobs.given_flags(), weights=name)
     path = pathlib.Path(FLAGS.out or "embeddings.npz")
     if path.suffix != ".npz" or not path.resolve().parent.is_dir() or path.is_dir():
         raise UserError(f"expected --out=FILE.npz in a folder that exists, got --out={path}.")
     if not settings.classification or settings.img_size is None:
         raise UserError(f"expected a run of images, got one of {settings.datasource}.")
-    return settings, path
+    return settings, path, from_run
 
 
 def protocol(operands: list[str]) -> Settings:

@@ -22,19 +22,19 @@ from maml.training import devices
 AT_ONCE = 200  # images in a batch
 
 
-def embed(asked: tuple[Settings, pathlib.Path]) -> None:
+def embed(asked: tuple[Settings, pathlib.Path, bool]) -> None:
     """Writes x [n, D] float32, y [n] and split [n] of all images of a run's data set to an `.npz` file.
 
     Args:
-        asked: settings of the run, and the file.
+        asked: settings of a run or of weights that come along, the file, and whether it is a run.
 
     Raises:
         Failure: if the disk does not take it.
     """
-    settings, path = asked
+    settings, path, from_run = asked
     devices.use(dataclasses.replace(settings, tasks_per_chunk=1))
     data = load_data(settings)
-    algorithm, iteration = trained(settings, from_run=True)
+    algorithm, iteration = trained(settings, from_run=from_run)
     network = algorithm.network
     backbone = network if learner_class(settings).backbone else backbone_of(network)
     found = list(embedded(backbone, data, settings.dataset.scale))
@@ -46,9 +46,9 @@ def embed(asked: tuple[Settings, pathlib.Path]) -> None:
         raise Failure(
             f"{path}: cannot be written ({error.strerror or error}). Choose another --out."
         ) from error
+    source = f"iteration {iteration} of {settings.run_dir}" if from_run else settings.init_from
     print(
-        f"wrote {len(x):,} embeddings of {x.shape[1]} numbers, {len(set(y))} classes, iteration {iteration} "
-        f"of {settings.run_dir}, to {path}\n"
+        f"wrote {len(x):,} embeddings of {x.shape[1]} numbers, {len(set(y))} classes, {source}, to {path}\n"
         f"train on them: maml --learner=leo --datasource=embeddings --data_dir={path} --num_classes=5"
     )
 

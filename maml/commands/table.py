@@ -213,7 +213,7 @@ flagfiles that hold the grid too.
     ),
     "embed": Command(
         about="embeds the images of a run's data set, for learners on embeddings",
-        usage="""Embeds images: `maml embed RUN --out=embeddings.npz`.
+        usage="""Embeds images: `maml embed RUN --out=embeddings.npz`, or NAME of `maml list weights`.
 
 Every image of the run's data set goes through its trained network without the head. The file holds the
 embeddings,
@@ -224,7 +224,7 @@ their classes and splits, as `--datasource=embeddings --data_dir=FILE.npz` takes
         flags=(Flag("out", None, "the .npz file to write [embeddings.npz]"),),
         shows=("data_dir", "checkpoint", "test_iter"),
         otherwise="the run's",
-        operands="run folder",
+        operands="run folder, or name of `maml list weights`",
     ),
     "compare": Command(
         about="trains several learners and tests them on the same episodes; one table",
