@@ -88,10 +88,10 @@ def _check_lengths(compared: list[Settings]) -> None:
 def embed(operands: list[str]) -> tuple[Settings, pathlib.Path, bool]:
     """The settings of a run folder or of weights, the file to write, and whether it is a run folder."""
     (name,) = operands
-    from_run = name not in tables.shipped() or pathlib.Path(name).is_dir()
-    if from_run:
+    if from_run := pathlib.Path(name).exists() or len(pathlib.Path(name).parts) > 1:
         settings = files.test_settings(pathlib.Path(name), jobs.given_flags())
     else:
+        tables.weights(f"{name} is no folder", name)
         settings = network_settings(None, None, jobs.given_flags(), weights=name)
     path = pathlib.Path(FLAGS.out or "embeddings.npz")
     if path.suffix != ".npz" or not path.resolve().parent.is_dir() or path.is_dir():

@@ -1,7 +1,10 @@
-"""`maml embed`: every image once, in its class and split; and LEO on what it writes."""
+"""`maml embed`: every image once, in its class and split; LEO on what it writes; what it refuses."""
+
+import re
 
 import keras
 import numpy as np
+import pytest
 import tensorflow as tf
 
 from maml.commands.embed import embedded
@@ -15,6 +18,7 @@ from maml.networks.leo import leo
 from maml.training.adam import Adam
 from maml.training.outer_loop import OuterLoop
 from maml.training.task_map import TaskMap
+from tests import forked
 
 SIDE, PER_CLASS = 16, 8
 
@@ -69,3 +73,16 @@ def test_leo_learns_on_embeddings_with_the_noise_that_it_draws_itself(tmp_path):
         indices = tf.range(4 * iteration, 4 * iteration + 4, dtype=tf.int64)
         losses.append(float(step(source.sample(spec, "train", indices))["query_loss"]))
     assert np.isfinite(losses).all() and np.mean(losses[-15:]) < 0.8 * np.mean(losses[:15])
+
+
+@pytest.mark.parametrize(
+    ("operand", "message"),
+    [
+        ("omniglot_prototypica", "no folder: expected one of .* Did you mean omniglot_prototypical"),
+        ("runs/nothing", "expected a run folder .* got none"),
+        ("sinusoid_10shot", "expected weights for images"),
+    ],
+)
+def test_what_is_no_network_is_refused_in_one_line(operand, message, tmp_path):
+    done = forked.run("-m", "maml", "embed", operand, folder=tmp_path, expect=2)
+    assert re.search(message, done.stderr) and not list(tmp_path.iterdir())
