@@ -38,10 +38,11 @@ def job(cell: str, scale: float, overrides: Sequence[str] = ()) -> Job:
     asked = parse([f"--flagfile={flagfile(cell)}", *overrides])
     arguments = [f"--flagfile={flagfile(cell)}", *overrides]
     if asked.dataset.is_data_dir:
-        # The flagfile says which photographs; the command line, in which folder all data are.
-        given = parse(overrides).data_dir
+        # The flagfile says which photographs; the command line, in which folder all data are, or which file.
+        given = pathlib.Path(parse(overrides).data_dir)
         own = pathlib.Path(parse([f"--flagfile={flagfile(cell)}"]).data_dir)
-        arguments.append(f"--data_dir={pathlib.Path(given) / own.name}")
+        if not own.suffix or given.suffix != own.suffix:
+            arguments.append(f"--data_dir={given / own.name}")
     if scale != 1:
         arguments += _scaled(asked.pretrain_iterations, asked.metatrain_iterations, scale)
     return job_settings.job(arguments)
@@ -73,7 +74,8 @@ def reproduce(asked: Sequence[str], *, scale: float, seeds: int, results_dir: pa
         given = overrides if cell in asked else _taken(cell, overrides)
         seeded = [[*given, *([f"--seed={seed}"] if seed else [])] for seed in range(seeds)]
         jobs[cell] = [job(cell, scale, arguments) for arguments in seeded]
-        full[cell] = job(cell, 1.0, given).settings.iterations
+        own = [argument for argument in given if not argument.startswith("--metatrain_iterations=")]
+        full[cell] = job(cell, 1.0, own).settings.iterations
     failures = []
     for number, cell in enumerate(asked, 1):
         for seed, one in enumerate(jobs[cell]):

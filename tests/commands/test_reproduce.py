@@ -352,6 +352,20 @@ def test_scaled_baselines_train_for_the_part_asked(tmp_path):
         assert settings.iterations == expected and settings.save_interval == 70
     photographs = reproduce.job("photographs_5way_1shot", 0.01, ["--data_dir=/data"]).settings
     assert photographs.data_dir == "/data/tiny_imagenet_fewshot.tar" and photographs.iterations == 600
+    given = ["--data_dir=/other/embeddings.npz"]  # the file itself
+    assert reproduce.job("miniimagenet_5way_1shot_leo", 1.0, given).settings.data_dir == given[0][11:]
+
+
+def test_fewer_iterations_than_the_papers_are_shown_as_such(tmp_path, monkeypatch):
+    monkeypatch.setattr(reproduce.launch, "result", lambda one, title: None)
+    written = []
+    monkeypatch.setattr(results_page, "write", lambda folder, outcomes: written.extend(outcomes))
+    overrides = [f"--logdir={tmp_path}", "--metatrain_iterations=5"]
+    monkeypatch.setattr(reproduce.job_settings, "given_flags", lambda but: overrides)
+    reproduce.reproduce(["sinusoid_5shot"], scale=1.0, seeds=1, results_dir=tmp_path)
+    first = written[0]
+    assert first.name == "sinusoid_5shot" and first.jobs[0].settings.iterations == 5
+    assert {outcome.name: outcome.full_iterations for outcome in written}["sinusoid_5shot"] == 70_000
 
 
 def test_jobs_are_refused_before_anything_runs():
