@@ -1,10 +1,11 @@
-"""Random numbers by counting: a hash of integers, the same on every machine and library version."""
+"""The random numbers of episodes, by counting: the same on every machine and library version."""
 
 import math
 import zlib
 
 import tensorflow as tf
 
+from maml.counting import mixed
 from maml.episodes import SPLITS as SPLITS
 
 
@@ -17,15 +18,15 @@ class Stream:
 
     def __init__(self, seed: int, split: str, indices: tf.Tensor):
         """For the episodes with the given int64 indices [t]."""
-        key = _mix(tf.constant(seed ^ ((SPLITS.index(split) + 1) << 32), tf.uint64))
-        self._episodes = _mix(tf.bitwise.bitwise_xor(key, tf.cast(indices, tf.uint64)))
+        key = mixed(tf.constant(seed ^ ((SPLITS.index(split) + 1) << 32), tf.uint64))
+        self._episodes = mixed(tf.bitwise.bitwise_xor(key, tf.cast(indices, tf.uint64)))
 
     def bits(self, name: str, *shape: int) -> tf.Tensor:
         """Uniform uint64 numbers [t, *shape]."""
         purpose = tf.constant(zlib.crc32(name.encode()) << 32, tf.uint64)
-        keys = _mix(tf.bitwise.bitwise_xor(self._episodes, purpose))
+        keys = mixed(tf.bitwise.bitwise_xor(self._episodes, purpose))
         counter = tf.cast(tf.range(math.prod(shape), dtype=tf.int64), tf.uint64)
-        drawn = _mix(tf.bitwise.bitwise_xor(keys[:, tf.newaxis], counter))
+        drawn = mixed(tf.bitwise.bitwise_xor(keys[:, tf.newaxis], counter))
         return tf.reshape(drawn, (-1, *shape))
 
     def integers(self, name: str, below: int, *shape: int) -> tf.Tensor:
@@ -54,18 +55,3 @@ class Stream:
     def permutation(self, name: str, n: int) -> tf.Tensor:
         """For each episode a permutation of 0…n−1, int32 [t, n]."""
         return self.distinct(name, n, n)
-
-
-def _mix(x: tf.Tensor) -> tf.Tensor:
-    """The 64-bit finaliser of splitmix64 (Steele, Lea & Flood 2014), a bijection that scatters bits."""
-
-    def constant(value: int) -> tf.Tensor:
-        return tf.constant(value, tf.uint64)
-
-    def fold(x: tf.Tensor, shift: int) -> tf.Tensor:
-        return tf.bitwise.bitwise_xor(x, tf.bitwise.right_shift(x, constant(shift)))
-
-    x = x + constant(0x9E3779B97F4A7C15)
-    x = fold(x, 30) * constant(0xBF58476D1CE4E5B9)
-    x = fold(x, 27) * constant(0x94D049BB133111EB)
-    return fold(x, 31)

@@ -6,11 +6,15 @@ program there are K codes and weight vectors per class, whose logits are average
 sample, and penalties are means. Examples may be in any order, but every class of an episode has as many.
 """
 
+import math
+import zlib
 from typing import TYPE_CHECKING, NamedTuple
 
 import keras
+import numpy as np
 import tensorflow as tf
 
+from maml.counting import mixed
 from maml.episodes import Episode
 from maml.errors import UserError
 from maml.learners.base import Algorithm, Measures
@@ -173,19 +177,27 @@ class Leo(Algorithm):
     # --- Noise, which is off where there is none ------------------------------------------------------
 
     def seed_of(self, x: tf.Tensor) -> tf.Tensor:
-        """A task's seed [2], int32, from its embeddings [n, D]: every task has noise of its own."""
+        """A task's seed, uint64, from its embeddings [n, D]: every task has noise of its own."""
         # Integers, whose sum is the same in whatever order it is taken.
-        bits = tf.reduce_sum(tf.bitcast(tf.cast(x, tf.float32), tf.int32))
-        return tf.stack([tf.cast(self.iteration % (1 << 31), tf.int32), bits])
+        x = tf.cast(x, tf.float32)
+        parts = x / tf.maximum(tf.reduce_max(tf.abs(x)), 1e-30) * 2.0**24
+        task = tf.cast(tf.reduce_sum(tf.cast(parts, tf.int64)), tf.uint64)
+        return mixed(tf.bitwise.bitwise_xor(mixed(tf.cast(self.iteration, tf.uint64)), task))
+
+    def uniform(self, seed: tf.Tensor, name: str, shape: tuple[int, ...]) -> tf.Tensor:
+        """Uniform float64 numbers in (0, 1) of the shape [N, K, …], others for every name."""
+        key = mixed(tf.bitwise.bitwise_xor(seed, tf.constant(zlib.crc32(name.encode()), tf.uint64)))
+        counter = tf.constant(np.arange(math.prod(shape)).reshape(shape), tf.uint64)
+        bits = tf.bitwise.right_shift(mixed(tf.bitwise.bitwise_xor(key, counter)), tf.constant(12, tf.uint64))
+        return (tf.cast(bits, tf.float64) + 0.5) * 2.0**-52
 
     def normal(self, seed: tf.Tensor, name: str, shape: tuple[int, ...]) -> tf.Tensor:
         """Standard normal noise of the shape [N, K, …], another for every name."""
-        return tf.random.stateless_normal(shape, _named(seed, name), dtype=self.dtype)
+        return tf.cast(tf.math.ndtri(self.uniform(seed, name, shape)), self.dtype)
 
     def keep(self, seed: tf.Tensor, name: str, shape: tuple[int, ...]) -> tf.Tensor:
         """1 where dropout keeps an entry, else 0, of the shape [n, D]."""
-        drawn = tf.random.stateless_uniform(shape, _named(seed, name), dtype=self.dtype)
-        return tf.cast(drawn >= self.dropout_rate, self.dtype)
+        return tf.cast(self.uniform(seed, name, shape) >= self.dropout_rate, self.dtype)
 
     def _dropped(self, x: tf.Tensor, seed: tf.Tensor, name: str | None) -> tf.Tensor:
         """x [n, D] after dropout of that name; None: as it is."""
@@ -337,12 +349,6 @@ class Leo(Algorithm):
         if value:
             gradient = [tf.clip_by_value(g, -value, value) for g in gradient]
         return [tf.clip_by_norm(g, norm) for g in gradient] if norm else gradient
-
-
-def _named(seed: tf.Tensor, name: str) -> tf.Tensor:
-    """A seed [2] as unlike the given one as a random one, another for every name."""
-    number = int.from_bytes(name.encode()[-3:]) * 31 + len(name)
-    return tf.random.experimental.stateless_fold_in(seed, tf.constant(number % (1 << 31), seed.dtype))
 
 
 def _logits(x: tf.Tensor, weights: tf.Tensor) -> tf.Tensor:

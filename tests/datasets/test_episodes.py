@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 
+from maml.counting import mixed
 from maml.datasets.image_classes import ClassImages, ImageClasses
 from maml.datasets.omniglot import OMNIGLOT_SPLIT, load_omniglot
-from maml.datasets.random_stream import Stream, _mix
+from maml.datasets.random_stream import Stream
 from maml.datasets.sinusoid import Sinusoid
 from maml.episodes import SPLITS, Episode, EpisodeSpec
 from maml.errors import UserError
@@ -128,7 +129,7 @@ def test_the_hash_is_splitmix64s():
     state, golden = 1234567, 0x9E3779B97F4A7C15
     expected = [6457827717110365317, 3203168211198807973, 9817491932198370423]
     inputs = tf.constant([(state + k * golden) % 2**64 for k in range(3)], tf.uint64)
-    assert _mix(inputs).numpy().tolist() == expected
+    assert mixed(inputs).numpy().tolist() == expected
 
 
 # --- Uniformity ---------------------------------------------------------------------------------------

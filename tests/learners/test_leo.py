@@ -93,6 +93,26 @@ def test_noise_differs_between_tasks_names_and_iterations_and_is_off_in_evaluati
     np.testing.assert_array_equal(first, again)
 
 
+def test_noise_is_batched_over_tasks_without_a_loop_and_is_that_of_one_task():
+    algorithm, tasks = build(dropout_rate=0.3), episodes(3).support_x
+
+    def drawn(x: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        seed = algorithm.seed_of(x)
+        return algorithm.normal(seed, "latent", (100, 200)), algorithm.keep(seed, "encoder", (100, 200))
+
+    @tf.function(jit_compile=True, autograph=False)
+    def together() -> tuple[tf.Tensor, tf.Tensor]:
+        return tf.vectorized_map(drawn, tasks, fallback_to_while_loop=False)
+
+    one_by_one = [np.stack(part) for part in zip(*map(drawn, tasks), strict=True)]
+    for found, needed in zip(together(), one_by_one, strict=True):
+        np.testing.assert_allclose(found, needed, rtol=1e-9, atol=1e-12)
+    normal, kept = one_by_one
+    np.testing.assert_allclose([normal.mean(), normal.std(), (normal**4).mean()], [0, 1, 3], atol=0.05)
+    np.testing.assert_allclose(kept.mean(), 0.7, atol=0.01)
+    assert np.abs(np.corrcoef(normal.reshape(3, -1)) - np.eye(3)).max() < 0.03
+
+
 def test_entries_are_clipped_and_then_norms():
     algorithm = build(gradient_threshold=0.5, gradient_norm_threshold=0.6)
     gradient = [tf.constant([3.0, -4.0]), tf.constant([0.1, 0.2])]
@@ -116,12 +136,9 @@ def test_chunks_of_tasks_change_nothing():
 
 
 @pytest.mark.long
-def test_tasks_in_one_batch_under_xla_agree_with_one_by_one(monkeypatch):
-    """With noise of the test's own, as XLA draws another. One step of each kind: XLA takes long."""
-    algorithm = build(inner_unroll_length=1, finetuning_unroll_length=1, dropout_rate=0.0)
-    monkeypatch.setattr(
-        algorithm, "normal", lambda seed, name, shape: tf.fill(shape, np.float64(len(name) / 9))
-    )
+def test_tasks_in_one_batch_under_xla_agree_with_one_by_one():
+    """One step of each kind: XLA takes long."""
+    algorithm = build(inner_unroll_length=1, finetuning_unroll_length=1, dropout_rate=0.3)
     together = TaskMap.choose(algorithm.network, None, None)
     assert together.vectorize and together.jit_compile
     for a, b in zip(*gradients_of(algorithm, ONE_BY_ONE, together), strict=True):
