@@ -259,8 +259,12 @@ class Settings:
     @property
     def is_transductive(self) -> bool:
         """Whether a prediction at test depends on the other queries, by batch norm."""
-        by_batch = self.own.get("test_statistics", "batch") == "batch"
-        return self.norm == "batch_norm" and self.transductive and by_batch
+        return self.by_batch_norm and self.transductive and self.own.get("test_statistics") != "moving"
+
+    @property
+    def by_batch_norm(self) -> bool:
+        """Whether the network has batch norm."""
+        return self.norm == "batch_norm" and tables.network(self.network).norm
 
     @property
     def task(self) -> str:

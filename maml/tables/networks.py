@@ -16,6 +16,7 @@ class Network(NamedTuple):
         flags: of the network's, those that it reads; others given with it are an error. None: unknown.
         images: it takes images alone.
         vectors: it takes vectors alone.
+        norm: it has norms; False: none, whatever --norm is.
         options: keyword arguments beside these.
     """
 
@@ -24,6 +25,7 @@ class Network(NamedTuple):
     flags: tuple[str, ...] | None = ("norm",)
     images: bool = False
     vectors: bool = False
+    norm: bool = True
     options: Mapping[str, object] = {}
 
     @property
@@ -50,12 +52,14 @@ NETWORKS: Mapping[str, Network] = {
         "to an embedding, of 105×105, for --learner=siamese (Koch et al. 2015)",
         flags=("num_filters",),
         images=True,
+        norm=False,
     ),
     "leo": Network(
         "maml.networks.leo:leo",
         "encoder, relation network and decoder of --learner=leo",
         flags=(),
         vectors=True,
+        norm=False,
     ),
     "mlp": Network("maml.networks.mlp:mlp", "fully connected"),
     "resnet12": Network(

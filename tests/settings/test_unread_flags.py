@@ -48,6 +48,7 @@ def test_inner_steps_are_those_of_the_learners_own_flags():
     settings = of("leo", "--inner_unroll_length=3", "--finetuning_unroll_length=1")
     assert (settings.trained_steps, settings.tested_steps) == (4, 4)
     assert of("leo", "--test_num_updates=2").tested_steps == 2
+    assert settings.transductive and not settings.is_transductive  # its network has no batch norm
 
 
 def test_maml_adapts_the_part_that_is_named():
