@@ -171,6 +171,7 @@ COMMANDS = {
     "maml embed miniimagenet_5way_1shot --datasource=folder --data_dir=DIR": (
         (), 0, "wrote 18 embeddings of 800 numbers, 6 classes, miniimagenet_5way_1shot, to embeddings.npz",
     ),
+    "maml embed miniimagenet_5way_1shot --out=DIR/miniimagenet_embeddings.npz": NO_MINI,
     "maml adapt --support=DIR --query=DIR --weights=NAME": (
         ("--support=DIR/test", "--query=DIR/test/e/0.png", "--save=a.keras", "--weights=", "--run=RUN"),
         0,
