@@ -78,7 +78,7 @@ def test_the_classifier_predicts_the_same_in_a_program_without_maml(tmp_path):
         steps = STEPS if settings.tested_steps and not prototypes else 0
         assert not prototypes or learner.sharpness < 0.9
         expected.append(adapt.adapt(learner, support, query, steps=steps).probabilities[-1])
-        model = classifier.classifier(learner, support, way=WAY, steps=steps, scale=255.0)
+        model = classifier.classifier(learner, support, steps=steps, scale=255.0)
         assert model.output_shape == (None, WAY)
         save, export = tmp_path / f"{name}.keras", tmp_path / name
         assert len(classifier.write(model, CLASSES, save, export)) == 3
