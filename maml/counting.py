@@ -20,3 +20,8 @@ def mixed(x: tf.Tensor) -> tf.Tensor:
     x = fold(x, 30) * constant(0xBF58476D1CE4E5B9)
     x = fold(x, 27) * constant(0x94D049BB133111EB)
     return fold(x, 31)
+
+
+def counted(keys: tf.Tensor, count: int) -> tf.Tensor:
+    """Uniform uint64 numbers of uint64 keys, a stream of each: [count] of a scalar, [t, count] of [t, 1]."""
+    return mixed(tf.bitwise.bitwise_xor(keys, tf.cast(tf.range(count, dtype=tf.int64), tf.uint64)))

@@ -236,7 +236,7 @@ def remarks(
             "batch norm over the query set: photographs are judged together, well only where all classes "
             "are there in about equal numbers (--notransductive: each by itself)"
         )
-    elif settings.by_batch_norm and settings.tested_steps:
+    elif settings.network_norm == "batch_norm" and settings.tested_steps:
         said.append(
             "batch norm by the support set's statistics: each photograph is judged by itself "
             "(--transductive: together, better only where all classes are there in about equal numbers)"

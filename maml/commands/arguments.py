@@ -88,8 +88,9 @@ def _check_lengths(compared: list[Settings]) -> None:
 def embed(operands: list[str]) -> tuple[Settings, pathlib.Path, bool]:
     """The settings of a run folder or of weights, the file to write, and whether it is a run folder."""
     (name,) = operands
-    if from_run := pathlib.Path(name).exists() or len(pathlib.Path(name).parts) > 1:
-        settings = files.test_settings(pathlib.Path(name), jobs.given_flags())
+    folder = pathlib.Path(name)
+    if from_run := folder.exists() or len(folder.parts) > 1:
+        settings = files.test_settings(folder, jobs.given_flags())
     else:
         tables.weights(f"{name} is no folder", name)
         settings = network_settings(None, None, jobs.given_flags(), weights=name)

@@ -1,6 +1,5 @@
 """The adapted classifier as a model of Keras' own layers, for programs without maml."""
 
-import functools
 import pathlib
 
 import keras
@@ -13,6 +12,7 @@ from maml.errors import Failure
 from maml.learners.adapted import model_of, parts
 from maml.learners.base import Algorithm
 from maml.networks.export import plain
+from maml.training.task_map import program_of
 
 
 def classifier(learner: Algorithm, support: Photographs, *, steps: int, scale: float) -> keras.Model:
@@ -28,8 +28,7 @@ def classifier(learner: Algorithm, support: Photographs, *, steps: int, scale: f
         UserError: if the network holds a layer without a plain form.
     """
     x, y, *_ = learner.to_floating(Episode(*map(tf.constant, (support.pixels, support.labels) * 2)))
-    program = tf.function(functools.partial(parts, learner), autograph=False)
-    adapted = model_of(learner.network, program(x, y, tf.constant(steps)), x)
+    adapted = model_of(learner.network, program_of(parts)(learner, x, y, tf.constant(steps)), x)
     inputs = keras.Input(learner.network.input_shape[1:], name="pixels")
     outputs = plain(adapted)(keras.layers.Rescaling(1 / scale)(inputs))
     return keras.Model(inputs, keras.layers.Softmax(name="probabilities")(outputs), name="adapted")

@@ -66,7 +66,7 @@ def read(_: list[str]) -> Request:
     by_outputs = settings.tested_steps and not FLAGS.prototypes
     classes, support = reader.support(folders[0], settings.num_classes if by_outputs else None)
     query = reader.query(folders[1], classes)
-    transductive = FLAGS.transductive and settings.by_batch_norm and bool(by_outputs)
+    transductive = FLAGS.transductive and settings.network_norm == "batch_norm" and bool(by_outputs)
     from_run, prototypes = FLAGS.run is not None, bool(settings.tested_steps) and FLAGS.prototypes
     return Request(
         settings, classes, support, query, out, transductive, from_run, prototypes, *_models(settings)

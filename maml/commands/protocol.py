@@ -101,7 +101,7 @@ def variants(settings: Settings, saved: dict[int, list[str]], queries: list[int]
         queries: per class.
     """
     # Without batch norm there is nothing to choose, and `transductive` keeps its default.
-    statistics = (True, False) if settings.by_batch_norm else (True,)
+    statistics = (True, False) if settings.network_norm == "batch_norm" else (True,)
     return [
         Variant(
             dataclasses.replace(
@@ -156,7 +156,7 @@ def line(variant: Variant, result: TestResult) -> str:
     return _line(
         f"{variant.iteration} ({variant.checkpoint})",
         str(settings.test_num_query),
-        statistics if settings.by_batch_norm else "none",
+        statistics if settings.network_norm == "batch_norm" else "none",
         cells,
     )
 

@@ -151,9 +151,7 @@ def _line(label: str, text: str) -> str:
 
 def _described(settings: Settings, network: keras.Model) -> str:
     """The network in words."""
-    norm = {"batch_norm": "batch norm", "layer_norm": "layer norm", "None": "no norm"}[
-        settings.norm if tables.network(settings.network).norm else "None"
-    ]
+    norm = {"batch_norm": "batch norm", "layer_norm": "layer norm", "None": "no norm"}[settings.network_norm]
     if settings.network == "conv4":
         smaller = "2×2 max-pooling" if settings.max_pool else "stride 2"
         layers = f"4 convolutions of {settings.num_filters} filters, {smaller}"

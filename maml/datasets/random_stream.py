@@ -5,7 +5,7 @@ import zlib
 
 import tensorflow as tf
 
-from maml.counting import mixed
+from maml.counting import counted, mixed
 from maml.episodes import SPLITS as SPLITS
 
 
@@ -25,9 +25,7 @@ class Stream:
         """Uniform uint64 numbers [t, *shape]."""
         purpose = tf.constant(zlib.crc32(name.encode()) << 32, tf.uint64)
         keys = mixed(tf.bitwise.bitwise_xor(self._episodes, purpose))
-        counter = tf.cast(tf.range(math.prod(shape), dtype=tf.int64), tf.uint64)
-        drawn = mixed(tf.bitwise.bitwise_xor(keys[:, tf.newaxis], counter))
-        return tf.reshape(drawn, (-1, *shape))
+        return tf.reshape(counted(keys[:, tf.newaxis], math.prod(shape)), (-1, *shape))
 
     def integers(self, name: str, below: int, *shape: int) -> tf.Tensor:
         """Uniform int32 numbers in 0…below−1, [t, *shape]."""

@@ -7,6 +7,7 @@ import tensorflow as tf
 
 from maml.errors import UserError
 from maml.learners.base import Algorithm
+from maml.learners.metric import MOVING
 from maml.networks.copies import full_copy, is_graph
 from maml.networks.stateless import Weights
 from maml.training.needs import Arrays
@@ -38,7 +39,7 @@ def parts(learner: Algorithm, x: tf.Tensor, y: tf.Tensor, steps: tf.Tensor) -> P
     count = len(learner.network.trainable_variables)
     if head := getattr(learner, "linear", lambda state: ())(state):
         weights = state.theta
-        if learner.test_statistics == "moving":
+        if learner.test_statistics == MOVING:
             values = [variable.value for variable in learner.network.non_trainable_variables]
             return Parts(weights[:count], values, head)
     else:

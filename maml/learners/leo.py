@@ -11,10 +11,9 @@ import zlib
 from typing import TYPE_CHECKING, NamedTuple
 
 import keras
-import numpy as np
 import tensorflow as tf
 
-from maml.counting import mixed
+from maml.counting import counted, mixed
 from maml.episodes import Episode
 from maml.errors import UserError
 from maml.learners.base import Algorithm, Measures
@@ -187,9 +186,8 @@ class Leo(Algorithm):
     def uniform(self, seed: tf.Tensor, name: str, shape: tuple[int, ...]) -> tf.Tensor:
         """Uniform float64 numbers in (0, 1) of the shape [N, K, …], others for every name."""
         key = mixed(tf.bitwise.bitwise_xor(seed, tf.constant(zlib.crc32(name.encode()), tf.uint64)))
-        counter = tf.constant(np.arange(math.prod(shape)).reshape(shape), tf.uint64)
-        bits = tf.bitwise.right_shift(mixed(tf.bitwise.bitwise_xor(key, counter)), tf.constant(12, tf.uint64))
-        return (tf.cast(bits, tf.float64) + 0.5) * 2.0**-52
+        bits = tf.bitwise.right_shift(counted(key, math.prod(shape)), tf.constant(12, tf.uint64))
+        return tf.reshape((tf.cast(bits, tf.float64) + 0.5) * 2.0**-52, shape)
 
     def normal(self, seed: tf.Tensor, name: str, shape: tuple[int, ...]) -> tf.Tensor:
         """Standard normal noise of the shape [N, K, …], another for every name."""

@@ -17,7 +17,7 @@ def table(result: TestResult, settings: "Settings", iteration: int) -> str:
     each = "query per class" if settings.classification else f"query point{'s' * (queries > 1)}"
     protocol = f"{tasks} {split} tasks, {queries} {each}"
     protocol += "" if settings.inner_lr is None else f", α {settings.inner_lr:g}"
-    if settings.by_batch_norm and settings.tested_steps:
+    if settings.network_norm == "batch_norm" and settings.tested_steps:
         over = "query set (transductive)" if settings.transductive else "support set (not transductive)"
         protocol += f", batch norm over the {over}"
     scale, digits, name = SHOWN[result.measure]

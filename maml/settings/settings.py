@@ -259,12 +259,13 @@ class Settings:
     @property
     def is_transductive(self) -> bool:
         """Whether a prediction at test depends on the other queries, by batch norm."""
-        return self.by_batch_norm and self.transductive and self.own.get("test_statistics") != "moving"
+        by_batch = self.network_norm == "batch_norm" and self.own.get("test_statistics") != "moving"
+        return self.transductive and by_batch
 
     @property
-    def by_batch_norm(self) -> bool:
-        """Whether the network has batch norm."""
-        return self.norm == "batch_norm" and tables.network(self.network).norm
+    def network_norm(self) -> str:
+        """The network's norm: `norm`, or "None" of a network that has none."""
+        return self.norm if tables.network(self.network).norm else "None"
 
     @property
     def task(self) -> str:
