@@ -139,6 +139,10 @@ LEARNERS: Mapping[str, Mapping[tuple[str, int, int], Figure]] = {
         ("miniimagenet", 5, 1): Figure(46.7, deviation=0.4),
         ("miniimagenet", 5, 5): Figure(61.5, deviation=0.5),
     },
+    "boil": {
+        ("miniimagenet", 5, 1): Figure(49.61, deviation=0.16),
+        ("miniimagenet", 5, 5): Figure(66.45, deviation=0.37),
+    },
     "meta_sgd": {
         ("omniglot", 5, 1): Figure(99.53, 0.26),
         ("omniglot", 5, 5): Figure(99.93, 0.09),
@@ -203,6 +207,7 @@ PAPERS: Mapping[str, str] = {
     "fomaml": "Finn et al. 2017; Nichol et al. 2018",
     "reptile": "Nichol et al. 2018",
     "anil": "Raghu et al. 2020",
+    "boil": "Oh et al. 2021",
     "meta_sgd": "Li et al. 2017",
     "maml_plus_plus": "Antoniou et al. 2019",
     "leo": "Rusu et al. 2019",
@@ -212,13 +217,22 @@ PAPERS: Mapping[str, str] = {
     "relation": "Sung et al. 2018",
     "siamese": "Vinyals et al. 2016",
 }
-TESTED_STEPS = {"fomaml": 10, "reptile": 50, "anil": 10, "meta_sgd": 1, "maml_plus_plus": 5, "leo": 10}
+TESTED_STEPS = {
+    "fomaml": 10,
+    "reptile": 50,
+    "anil": 10,
+    "boil": 1,
+    "meta_sgd": 1,
+    "maml_plus_plus": 5,
+    "leo": 10,
+}
 GROUPS = {"omniglot": "Omniglot, other learners", "miniimagenet": "mini-ImageNet, other learners"}
 # Hours to train each of a learner's cells, in the order of `LEARNERS`: iterations times the time of one.
 HOURS: Mapping[str, tuple[float, ...]] = {
     "fomaml": (0.8, 4, 7, 30),
     "reptile": (1.5, 1.5, 11, 11, 17, 17),
     "anil": (2, 8, 3, 7),
+    "boil": (9, 12),
     "meta_sgd": (1.5, 7, 4, 16, 6, 12, 24, 45),
     "maml_plus_plus": (2.5, 8, 10, 40, 18, 35),
     "leo": (1, 3),
