@@ -136,13 +136,18 @@ class Matching(Metric):
         weights = self.extras(theta)
         forward, backward, attending = (LstmWeights(*weights[i : i + 4]) for i in (0, 4, 8))
         support = forward.over(support) + backward.over(support, reverse=True) + support
+        units = queries.shape[-1]
+        given = attending._replace(kernel=attending.kernel[:units]).gates(queries)
+        # A loop uses what it does not change only once: where TensorFlow expects more than 256 MB, it breaks
+        # the gradient's sums of three terms and more within a loop (tensorflow/tensorflow#23780).
+        kernel, values = attending.kernel[units:], tf.identity(support)
 
         def step(h: tf.Tensor, c: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-            read_out = tf.nn.softmax(tf.matmul(h, support, transpose_b=True)) @ support
+            read_out = tf.nn.softmax(tf.matmul(h, support, transpose_b=True)) @ values
             if self.full_context == PAPER:
-                h, c = attending.step(tf.concat([queries, read_out], -1), h, c)
+                h, c = attending.step(given + read_out @ kernel, h, c)
             else:
-                h, c = attending.step(queries, h + read_out, c)
+                h, c = attending.step(given, h + read_out, c)
             return h + queries, c
 
         steps = self.attention_steps or support.shape[0] or tf.shape(support)[0]

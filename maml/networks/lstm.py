@@ -39,10 +39,13 @@ class LstmWeights(NamedTuple):
                 ]
             )
 
-    def step(self, x: tf.Tensor, h: tf.Tensor, c: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        """The next (h, c), each [n, D], for inputs x [n, inputs]."""
-        gates = x @ self.kernel + h @ self.recurrent_kernel + (self.bias_ih + self.bias_hh)
-        i, f, g, o = tf.split(gates, 4, axis=-1)
+    def gates(self, x: tf.Tensor) -> tf.Tensor:
+        """The part [n, 4D] of the gates that inputs x [n, inputs] give, biases included."""
+        return x @ self.kernel + (self.bias_ih + self.bias_hh)
+
+    def step(self, gates: tf.Tensor, h: tf.Tensor, c: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        """The next (h, c), each [n, D], of inputs that give `gates` [n, 4D]."""
+        i, f, g, o = tf.split(gates + h @ self.recurrent_kernel, 4, axis=-1)
         c = tf.sigmoid(f) * c + tf.sigmoid(i) * tf.tanh(g)
         return tf.sigmoid(o) * tf.tanh(c), c
 
@@ -50,6 +53,9 @@ class LstmWeights(NamedTuple):
         """The h [length, D] at every place of a sequence [length, inputs], from a zero state."""
         zero = tf.zeros((1, self.recurrent_kernel.shape[0]), sequence.dtype)
         h, _ = tf.scan(
-            lambda state, x: self.step(x[tf.newaxis], *state), sequence, (zero, zero), reverse=reverse
+            lambda state, gates: self.step(gates[tf.newaxis], *state),
+            self.gates(sequence),
+            (zero, zero),
+            reverse=reverse,
         )
         return h[:, 0]

@@ -6,6 +6,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
+from maml import Learner
 from maml.episodes import Episode, SemiSupervisedEpisode
 from maml.errors import UserError
 from maml.learners.base import Adaptation
@@ -239,6 +240,18 @@ def test_any_number_of_classes_and_steps_is_evaluated_without_retraining(name):
         assert result.predictions.shape == (2, steps + 1, way * QUERY, way + extra)
         assert result.query["accuracy"].shape == (2, steps + 1)
         close(result.predictions[:, :1], result.predictions[:, -1:])
+
+
+@pytest.mark.parametrize("context", ["paper", "code"])
+def test_full_context_trains_where_tensorflow_expects_to_need_much_memory(context):
+    """It then breaks sums of three terms and more within a loop, from the second iteration on."""
+    network = keras.Sequential([keras.Input((4,)), keras.layers.Dense(800)])
+    logits = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    trained = Learner(network, logits, algorithm="matching", full_context=context, vectorize=False)
+    rng, y = np.random.default_rng(0), np.tile(np.arange(5), 4)
+    x = rng.normal(size=(20, 4)).astype(np.float32)
+    history = trained.fit([(x[:5], y[:5], x[5:], y[5:])] * 3, iterations=3, meta_batch=1)
+    assert np.isfinite(history["query_loss"]).all()
 
 
 def test_more_than_one_episode_moves_the_statistics_to_their_mean():
