@@ -171,6 +171,14 @@ def _check_checkpoint(values: Mapping[str, object]) -> None:
             f"--test_ensemble={values['test_ensemble']}: expected no choice of one checkpoint, got "
             f"--test_iter={values['test_iter']}. Leave out one of the two."
         )
+    interval, ensemble = values["save_interval"], values["test_ensemble"]
+    # Validated every --save_interval iterations and at the end of a phase.
+    saved = sum(-(-values[f"{phase}_iterations"] // interval) for phase in ("pretrain", "metatrain"))
+    if values["train"] and 0 < saved < ensemble:
+        raise UserError(
+            f"--test_ensemble={ensemble}: expected as many validated checkpoints, got {saved} in "
+            f"{iterations:,} iterations with --save_interval={interval}. Lower one of the two."
+        )
     shot, lr = values["train_update_batch_size"], values["train_update_lr"]
     if shot == 0 or (lr < 0 and lr != -1):
         raise UserError(

@@ -65,8 +65,10 @@ def test_an_ensemble_of_one_is_that_checkpoint(trained):
 
 
 def test_too_few_checkpoints_are_said(trained):
-    settings, run, algorithm = of(trained[0], "--test_ensemble=9")
+    settings, run, algorithm = of(trained[0], "--test_ensemble=9", "--notrain")
     with pytest.raises(UserError, match=r"--test_ensemble=9: expected as many validated .* got \d"):
         restored(run, algorithm, settings)
     with pytest.raises(UserError, match="expected no choice of one checkpoint, got --test_iter=100"):
         parse(["--test_ensemble=2", "--test_iter=100", "--notrain"])
+    with pytest.raises(UserError, match=r"--test_ensemble=9: expected as many .* got 4 in 400 iterations"):
+        parse([*FLAGS, "--test_ensemble=9"])
