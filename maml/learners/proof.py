@@ -130,6 +130,8 @@ class Proof:
         try:
             found = self._in_best_precision(episode)
         except (LookupError, NotImplementedError) as error:
+            if not operations.is_missing(error):
+                raise
             raise UserError(
                 f"{name!r} has an operation without the derivatives that training needs: "
                 f"{self._suspects(episode, operations.missing(error))}."
@@ -152,9 +154,9 @@ class Proof:
                 copies.check_same(self._model, model, episode.query_x, "a copy in float64")
                 wide = dataclasses.replace(self._assembly, loss=_widened(self._assembly.loss))
                 return gradient_check.compare(wide.algorithm(model, inner_steps=1), episode)
-        except (LookupError, NotImplementedError):
-            raise
-        except Exception:  # TensorFlow, Keras and a user's code raise what they like
+        except Exception as error:  # TensorFlow, Keras and a user's code raise what they like
+            if operations.is_missing(error):
+                raise
             return gradient_check.compare(self._assembly.algorithm(self._model, inner_steps=1), episode)
 
     def _suspects(self, episode: Episode, otherwise: str) -> str:

@@ -169,18 +169,25 @@ class Workings:
         except UserError:
             raise
         except Exception as error:  # TensorFlow and XLA raise what they like
-            if self._assembly.mapping["vectorize"] is not None:
-                raise
-            self._assembly.mapping["vectorize"] = False
-            self._build(self.outer.optimizer)
-            self._compiled = True
-            self.outer.block(*nothing)
+            asked = self._assembly.mapping["vectorize"]
+            self._mapped(False)
+            self.outer.block(*nothing)  # raises what is not about batching
+            if asked:
+                self._mapped(True)
+                raise UserError(
+                    f"vectorize=True: expected a network that TensorFlow can compute for all tasks at once, "
+                    f"got {self.model.name!r} ({_reason(error)}). Leave out vectorize."
+                ) from error
             warnings.warn(
                 f"{self.model.name}: computes task by task, which is slower, since TensorFlow cannot "
-                f"batch it ({str(error).splitlines()[0][:200]}). Use vectorize=False to leave out the "
-                "attempt.",
+                f"batch it ({_reason(error)}). Use vectorize=False to leave out the attempt.",
                 stacklevel=2,
             )
+
+    def _mapped(self, vectorize: bool) -> None:
+        self._assembly.mapping["vectorize"] = vectorize
+        self._build(self.outer.optimizer)
+        self._compiled = not vectorize
 
     def _updates(
         self, blocks: Iterator[Block | list[Episode]], end: int, pauses: Sequence[int]
@@ -229,3 +236,9 @@ class Workings:
         episode = self.algorithm.to_floating(kind(x, y, query_x, y, *unlabeled_x))
         state = self.algorithm.adapted(episode.support_x, episode.support_y, steps, *episode[4:])
         return self.algorithm.outputs(state, episode.query_x, episode.support_x)
+
+
+def _reason(error: Exception) -> str:
+    """The line that tells most; of an error in a graph under construction the last, else the first."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return (lines[-1] if lines[0].startswith("in user code") else lines[0]).strip().rstrip(".")[:200]

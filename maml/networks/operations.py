@@ -121,6 +121,11 @@ def _place(operation: tf.Operation, model: keras.Model) -> str:
     return f"layer {where[-1]!r}: " if where else ""
 
 
+def is_missing(error: Exception) -> bool:
+    """Whether an error is TensorFlow's, of a derivative that it does not have; not one of the user's code."""
+    return isinstance(error, NotImplementedError) or "gradient registry" in str(error)
+
+
 def missing(error: LookupError) -> str:
     """A line on the operation that TensorFlow's error names as without a derivative."""
     operation = str(error).rsplit(":", 1)[-1].strip().removesuffix("Grad")
@@ -137,7 +142,7 @@ def missing_named(model: str) -> Iterator[None]:
     try:
         yield
     except LookupError as error:
-        if "gradient registry" not in str(error):
+        if not is_missing(error):
             raise
         raise UserError(
             f"{model!r} has an operation without the derivatives that training needs: {missing(error)}."

@@ -376,15 +376,37 @@ def test_an_unfrozen_batch_normalization_is_refused_then():
         learner.fit(TASKS, iterations=1)
 
 
-def test_a_batched_computation_that_cannot_be_made_falls_back_and_says_so():
-    def loss(y, outputs):
-        kept = tf.boolean_mask(outputs, y > 0)
-        return tf.cond(tf.size(kept) > 0, lambda: tf.reduce_mean(tf.square(kept)), lambda: 0.0)
+def kept_alone(y, outputs):
+    """A loss that has no batched form."""
+    kept = tf.boolean_mask(outputs, y > 0)
+    return tf.cond(tf.size(kept) > 0, lambda: tf.reduce_mean(tf.square(kept)), lambda: 0.0)
 
-    learner = Learner(models.dense(outputs=1), loss, inner_lr=0.1)
+
+def test_a_batched_computation_that_cannot_be_made_falls_back_and_says_so():
+    learner = Learner(models.dense(outputs=1), kept_alone, inner_lr=0.1)
     with pytest.warns(UserWarning, match="computes task by task, which is slower"):
         learner.fit([models.episode(targets=(1,))] * 4, iterations=2)
     assert not learner.outer.tasks.vectorize
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         learner.fit([models.episode(targets=(1,))] * 4, iterations=1)
+
+
+def test_asked_for_it_is_an_error_that_says_why():
+    learner = Learner(models.dense(outputs=1), kept_alone, inner_lr=0.1, vectorize=True)
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"vectorize=True: expected .*Leave out vectorize"):
+            learner.fit([models.episode(targets=(1,))] * 4, iterations=2)
+    recurrent = keras.Sequential([keras.Input((3, 4)), L.LSTM(5), L.Dense(5)])
+    learner = Learner(recurrent, LOGITS, inner_lr=0.1, vectorize=True)
+    with pytest.raises(UserError, match=r"vectorize=True: expected .*TypeError"):
+        learner.fit([models.episode(shape=(3, 4))] * 4, iterations=1)
+
+
+def test_what_is_wrong_beside_batching_is_said_as_it_is():
+    def broken(y, outputs):
+        raise KeyError("mine")
+
+    learner = Learner(models.dense(outputs=1), broken, inner_lr=0.1, vectorize=True)
+    with pytest.raises(KeyError, match="mine"):
+        learner.fit([models.episode(targets=(1,))] * 4, iterations=2)
