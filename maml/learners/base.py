@@ -68,6 +68,7 @@ class Algorithm:
         sequential: whether the tasks of a meta-batch are computed one after the other, each with the
             `state_variables` that the one before it left; else each with those of before the meta-batch, and
             means over the tasks are kept.
+        batchable: whether all tasks can be computed at once; TensorFlow cannot batch the gradient of a loop.
         unlabeled: whether it learns from `SemiSupervisedEpisode`s too.
         described: shape [None, …] of the support set's inputs, where these are not the network's.
         inner_steps: inner steps in training.
@@ -78,6 +79,7 @@ class Algorithm:
     backbone: ClassVar[bool] = False
     constrains: ClassVar[bool] = False
     sequential: ClassVar[bool] = False
+    batchable: ClassVar[bool] = True
     unlabeled: ClassVar[bool] = False
     described: Any = None
     result = TaskGradient

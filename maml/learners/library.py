@@ -145,6 +145,8 @@ class Learner(Workings):
             described=self.algorithm.described,
             unlabeled=kind.unlabeled,
         )
+        if kind.backbone:  # whose outputs are features: N is the episode's
+            self._needs = self._needs._replace(outputs=(None, None))
         inputs = tensors_of(self.model, "input")
         if inputs is not None:
             self._proof.head(inputs)

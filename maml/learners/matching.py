@@ -107,6 +107,7 @@ class Matching(Metric):
         self.max_norm = max_norm
         self._log = _log_plus if distance == ONE_SIDED else _log_clipped
         if full_context != OFF:
+            self.batchable = False
             units = math.prod(network.output_shape[1:])
             inputs = 2 * units if full_context == PAPER else units
             dtype = network.trainable_variables[0].dtype
@@ -136,7 +137,7 @@ class Matching(Metric):
         weights = self.extras(theta)
         forward, backward, attending = (LstmWeights(*weights[i : i + 4]) for i in (0, 4, 8))
         support = forward.over(support) + backward.over(support, reverse=True) + support
-        units = queries.shape[-1]
+        units = attending.recurrent_kernel.shape[0]
         given = attending._replace(kernel=attending.kernel[:units]).gates(queries)
         # A loop uses what it does not change only once: where TensorFlow expects more than 256 MB, it breaks
         # the gradient's sums of three terms and more within a loop (tensorflow/tensorflow#23780).

@@ -169,12 +169,12 @@ class Assembly:
         tasks_at_once = self.mapping["tasks_per_chunk"] or 10
         return self.kind(model, loss, tasks_at_once=tasks_at_once, **common, **self.options)
 
-    def tasks(self, model: keras.Model) -> TaskMap:
-        """How tasks are laid onto the machine."""
+    def tasks(self, model: keras.Model, *, alike: bool = True, batchable: bool = True) -> TaskMap:
+        """How tasks are laid onto the machine; at once only where they are `alike` and it is possible."""
         mapping = dict(self.mapping)
-        if mapping["vectorize"] is None and not is_batched(model, as_axis=sees_gpu()):
+        if mapping["vectorize"] is None and not (alike and is_batched(model, as_axis=sees_gpu())):
             mapping["vectorize"] = False
-        return TaskMap.choose(model, **mapping)
+        return TaskMap.choose(model, **mapping, batchable=batchable)
 
 
 def grown(

@@ -37,6 +37,7 @@ class Workings:
     Attributes:
         model, iteration: see `Learner`.
         algorithm, outer: made of the model as it is, anew when its layers freeze.
+        _classes: N of all tasks trained on, for learners that can use it; 0: they differ; None: none yet.
     """
 
     model: keras.Model
@@ -47,14 +48,18 @@ class Workings:
     _needs: Needs
     _position: given.Position
     _proof: Proof
+    _classes: int | None = None
 
     def _build(self, optimizer: keras.optimizers.Optimizer) -> None:
         """Algorithm and outer loop of the model as it is, its frozen layers considered."""
         constrains = self._assembly.kind.constrains or not self._assembly.steps
         check_model(self.model, self._assembly.second_order, constrains)
         self.algorithm = self._assembly.algorithm(self.model)
+        if self._classes:
+            self.algorithm.train_num_classes = self._classes
         optimizer = grown(optimizer, self.algorithm.variables)
-        self.outer = OuterLoop(self.algorithm, optimizer, self._assembly.tasks(self.model))
+        tasks = self._assembly.tasks(self.model, alike=self._classes != 0, batchable=self.algorithm.batchable)
+        self.outer = OuterLoop(self.algorithm, optimizer, tasks)
         self._adapt = program_of(self._adapted, reduce_retracing=True)
         self._predict, self._predict_with_unlabeled = (
             program_of(self._predicted, reduce_retracing=True) for _ in range(2)
@@ -73,13 +78,36 @@ class Workings:
     def _refresh(self) -> None:
         """Takes notice of layers that were frozen, unfrozen or kept from adaptation since the last call."""
         check_surroundings()
-        if self._layers() == self._built_of:
-            return
+        if self._layers() != self._built_of:
+            self._rebuild()
+
+    def _rebuild(self) -> None:
+        """`_build` with the optimizer and the learned values beside the model as they are."""
         before = {v.path: v for v in self.algorithm.outside_variables}
         self._build(self.outer.optimizer)
         for variable in self.algorithm.outside_variables:
             if variable.path in before and before[variable.path].shape == variable.shape:
                 variable.assign(before[variable.path])
+
+    def _count_classes(self, block: Block | list[Episode]) -> None:
+        """Tells a metric learner N, without which its tasks are not computed at once.
+
+        Raises:
+            UserError: for tasks of other than `train_num_classes` classes, where that was given.
+        """
+        if not hasattr(self.algorithm, "train_num_classes"):
+            return
+        rows = block if isinstance(block, list) else [block.episodes.support_y[block.first : block.last]]
+        counts = {int(n) + 1 for row in rows for n in np.max(getattr(row, "support_y", row), -1).flat}
+        asked = self._assembly.options.get("train_num_classes")
+        if asked and counts != {asked}:
+            raise UserError(
+                f"train_num_classes={asked}: expected episodes of {asked} classes, got some of "
+                f"{', '.join(map(str, sorted(counts - {asked})))}. Leave it out: the labels tell."
+            )
+        if not asked and self._classes != 0 and counts != {self._classes}:
+            self._classes = counts.pop() if self._classes is None and len(counts) == 1 else 0
+            self._rebuild()
 
     def _trained(
         self,
@@ -154,6 +182,7 @@ class Workings:
             stream = self._position.stream(episodes, self.iteration * sizes["meta_batch"])
             blocks = given.given_blocks(stream, look, self._needs, **sizes)
         for block in blocks:
+            self._count_classes(block)
             if isinstance(block, Block) and not self._compiled:
                 self._compile(block)
             yield block
@@ -186,7 +215,7 @@ class Workings:
 
     def _mapped(self, vectorize: bool) -> None:
         self._assembly.mapping["vectorize"] = vectorize
-        self._build(self.outer.optimizer)
+        self._rebuild()
         self._compiled = not vectorize
 
     def _updates(

@@ -88,6 +88,7 @@ def build_training(
         network,
         settings.vectorize,
         settings.jit_compile,
+        batchable=algorithm.batchable,
         tasks_per_chunk=settings.tasks_per_chunk,
         strategy=strategy,
     )

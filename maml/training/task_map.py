@@ -9,6 +9,7 @@ import keras
 import tensorflow as tf
 
 from maml.episodes import Episode
+from maml.errors import UserError
 from maml.networks.checks import is_batched
 from maml.networks.exchanged import check_forms
 from maml.networks.task_axis import as_axis
@@ -54,7 +55,15 @@ class TaskMap:
     strategy: tf.distribute.Strategy | None = None
 
     @classmethod
-    def choose(cls, network: keras.Model, vectorize: bool | None, jit_compile: bool | None, **rest) -> Self:
+    def choose(
+        cls,
+        network: keras.Model,
+        vectorize: bool | None,
+        jit_compile: bool | None,
+        *,
+        batchable: bool = True,
+        **rest,
+    ) -> Self:
         """The map as given and, where that is None, as measured to be fastest.
 
         Networks of matrices alone are batched and compiled. With convolutions tasks are batched where there
@@ -62,11 +71,23 @@ class TaskMap:
         would launch as many small kernels; on a CPU each task has a thread, uncompiled, since XLA would not
         keep each core on a task of its own.
 
+        Args:
+            network: a built model.
+            vectorize, jit_compile: as given.
+            batchable: see `Algorithm`.
+            rest: of the fields.
+
         Raises:
-            UserError: where tasks are asked to be batched and a layer has no form for it.
+            UserError: where tasks are asked to be batched and a layer, or the learner, has no form for it.
         """
+        if vectorize and not batchable:
+            raise UserError(
+                "vectorize: expected a learner without loops, whose gradient TensorFlow cannot batch over "
+                "tasks, got one with, as full_context of matching networks has. Leave it out."
+            )
         if vectorize is None:
-            vectorize = has_matrices_alone(network) or (sees_gpu() and is_batched(network, as_axis=True))
+            matrices = has_matrices_alone(network)
+            vectorize = batchable and (matrices or (sees_gpu() and is_batched(network, as_axis=True)))
         if vectorize:
             check_forms(network)
         return cls(vectorize, vectorize if jit_compile is None else jit_compile, **rest)

@@ -152,6 +152,43 @@ def test_metric_learners_keep_constraints_in_the_outer_loop():
     assert found.query["accuracy"].shape == (1, 1)  # it takes no steps
 
 
+def of_classes(*ways: int) -> list[tuple]:
+    """An episode of 2 shots and 3 queries for each number of classes."""
+    rng, found = np.random.default_rng(0), []
+    for way in ways:
+        y = np.tile(np.arange(way, dtype=np.int32), 5)
+        x = rng.normal(size=(5 * way, 4)).astype(np.float32)
+        found.append((x[: 2 * way], y[: 2 * way], x[2 * way :], y[2 * way :]))
+    return found
+
+
+@pytest.mark.filterwarnings("error:.*computes task by task")
+@pytest.mark.parametrize("kind", ["prototypical", "matching", "relation", "siamese"])
+def test_metric_learners_count_the_classes_and_take_tasks_of_as_many_at_once(kind):
+    """Where the number changes they go on task by task, with all that was learned, to the same losses."""
+    losses = []
+    for vectorize in (None, False):
+        keras.utils.set_random_seed(0)
+        backbone = keras.Sequential([keras.Input((4,)), L.Dense(6, "tanh"), L.Dense(3)])
+        options = {"full_context": "paper"} if kind == "matching" else {}
+        learner = Learner(backbone, LOGITS, algorithm=kind, vectorize=vectorize, **options)
+        found = learner.fit(of_classes(3, 3, 3, 3), iterations=2, meta_batch=2)["query_loss"]
+        assert learner.outer.tasks.vectorize is (vectorize is None and not options)
+        for ways in ((4, 4, 4, 4), (3, 2, 3, 2), (3, 3, 3, 3)):
+            found = [*found, *learner.fit(of_classes(*ways), iterations=2, meta_batch=2)["query_loss"]]
+            assert not learner.outer.tasks.vectorize
+        losses.append(found)
+    np.testing.assert_allclose(*losses, rtol=1e-4)
+
+
+def test_other_than_the_classes_given_are_an_error():
+    backbone = keras.Sequential([keras.Input((4,)), L.Dense(3)])
+    learner = Learner(backbone, LOGITS, algorithm="prototypical", train_num_classes=3)
+    learner.fit(of_classes(3, 3), iterations=1, meta_batch=2)
+    with pytest.raises(UserError, match="train_num_classes=3: expected episodes of 3 classes, got some of 4"):
+        learner.fit(of_classes(4, 4), iterations=1, meta_batch=2)
+
+
 # --- Metrics ----------------------------------------------------------------------------------------
 
 
