@@ -181,6 +181,12 @@ def test_metric_learners_count_the_classes_and_take_tasks_of_as_many_at_once(kin
     np.testing.assert_allclose(*losses, rtol=1e-4)
 
 
+def test_a_learner_with_loops_is_not_batched_when_asked():
+    with pytest.raises(UserError, match="vectorize: expected a learner without loops"):
+        backbone = keras.Sequential([keras.Input((4,)), L.Dense(3)])
+        Learner(backbone, LOGITS, algorithm="matching", full_context="paper", vectorize=True)
+
+
 def test_other_than_the_classes_given_are_an_error():
     backbone = keras.Sequential([keras.Input((4,)), L.Dense(3)])
     learner = Learner(backbone, LOGITS, algorithm="prototypical", train_num_classes=3)
