@@ -232,7 +232,7 @@ HOURS: Mapping[str, tuple[float, ...]] = {
     "fomaml": (0.8, 4, 7, 30),
     "reptile": (1.5, 1.5, 11, 11, 17, 17),
     "anil": (2, 8, 3, 7),
-    "boil": (9, 12),
+    "boil": (9, 14),
     "meta_sgd": (1.5, 7, 4, 16, 6, 12, 24, 45),
     "maml_plus_plus": (2.5, 8, 10, 40, 18, 35),
     "leo": (1, 3),
