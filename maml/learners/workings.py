@@ -97,8 +97,11 @@ class Workings:
         """
         if not hasattr(self.algorithm, "train_num_classes"):
             return
-        rows = block if isinstance(block, list) else [block.episodes.support_y[block.first : block.last]]
-        counts = {int(n) + 1 for row in rows for n in np.max(getattr(row, "support_y", row), -1).flat}
+        if isinstance(block, Block):
+            labels = [block.episodes.support_y[block.first : block.last]]
+        else:
+            labels = [episode.support_y for episode in block]
+        counts = {int(n) + 1 for y in labels for n in np.max(y, -1).flat}
         asked = self._assembly.options.get("train_num_classes")
         if asked and counts != {asked}:
             raise UserError(
