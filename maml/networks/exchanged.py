@@ -43,7 +43,8 @@ class Exchanged:
         """Within it layers compute otherwise, and within `as_axis` as that needs."""
         given = [(vars(layer), own) for layer in self._layers if (own := _form(layer))]
         for norm, pool in () if is_axis() else self._pooled:
-            given += [(vars(norm), {"pools": True}), (vars(pool), {"call": _as_it_is})]
+            own = {"pools": True} | ({"autocast": False} if _widens(norm) else {})
+            given += [(vars(norm), own), (vars(pool), {"call": _as_it_is})]
         before = [{name: mine[name] for name in own if name in mine} for mine, own in given]
         for mine, own in given:
             mine |= own  # hides what its class has from this layer alone
@@ -121,17 +122,26 @@ def _norms_and_pools(layers: list[keras.layers.Layer]) -> list[tuple[keras.layer
     return found
 
 
+def _widens(norm: keras.layers.Layer) -> bool:
+    """Whether a norm computes in float32 from maps of 16 bits, which it need not read twice as wide."""
+    return norm.compute_dtype == "float32" and norm.input.dtype in ("bfloat16", "float16")
+
+
 def _outputs(model: keras.Model) -> list[keras.KerasTensor]:
     return tf.nest.flatten(getattr(model, "outputs", None) or [])
 
 
 def _only_follower(layer: keras.layers.Layer, outputs: set[int]) -> keras.Operation | None:
     """The only operation that takes a layer's output, and takes it alone; None: there is no such."""
-    nodes = layer._outbound_nodes
-    if not len(nodes) == len(layer._inbound_nodes) == 1 or id(layer.output) in outputs:
+    followers = [node.operation for node in layer._outbound_nodes if _leads_on(node, outputs)]
+    if not len(followers) == len(layer._inbound_nodes) == 1 or id(layer.output) in outputs:
         return None
-    follower = nodes[0].operation
-    return follower if len(follower._inbound_nodes) == 1 else None
+    return followers[0] if len(followers[0]._inbound_nodes) == 1 else None
+
+
+def _leads_on(node: object, outputs: set[int]) -> bool:
+    """Whether what a call makes is used: Keras notes a cast by its policy as a call that leads nowhere."""
+    return bool(node.operation._outbound_nodes) or any(id(x) in outputs for x in node.output_tensors)
 
 
 def _pools_by_2(layer: keras.Operation) -> bool:

@@ -13,7 +13,7 @@ import keras
 import tensorflow as tf
 
 from maml.networks.pooling import pooled, standardised_maxima
-from maml.networks.standardise import _mean, affine, is_large, standardise, standardised
+from maml.networks.standardise import _mean, affine, is_large, standardise, standardised, wide
 from maml.networks.task_axis import is_axis, max_pool
 
 _BY_BATCH = contextvars.ContextVar("batch_statistics", default=False)
@@ -47,6 +47,7 @@ def normalized(
     """
     if pools and is_large(x, saves=4):
         return standardised_maxima(x, sign, epsilon)
+    x = wide(x)
     y, *moments = standardised(tf.reshape(x, (-1, x.shape[-1])), 0, epsilon)
     y = tf.reshape(y, tf.shape(x))
     return _maxima(y, sign) if pools else y, *moments
@@ -61,7 +62,7 @@ def normalized_by(
     sign: tf.Tensor | None = None,
 ) -> tf.Tensor:
     """The same by given moments [c]."""
-    y = (x - mean) * tf.math.rsqrt(variance + epsilon)
+    y = (wide(x) - wide(mean)) * tf.math.rsqrt(wide(variance) + epsilon)
     return _maxima(y, sign) if pools else y
 
 
@@ -77,7 +78,7 @@ def sign_of(gamma: tf.Tensor) -> tf.Tensor:
 
 def moments_of(x: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
     """Mean and biased variance [1, c] of x [n, …, c], through which gradients go."""
-    rows = tf.reshape(x, (-1, x.shape[-1]))
+    rows = tf.reshape(wide(x), (-1, x.shape[-1]))
     mean = _mean(rows, 0)
     return mean, _mean(tf.square(rows - mean), 0)
 
@@ -103,10 +104,12 @@ class BatchNorm(keras.layers.Layer):
         self.variance = self.add_weight(shape=channels, initializer="ones", trainable=False, name="variance")
 
     def call(self, x, training=None):
-        if not training and not _BY_BATCH.get():
-            return normalized_by(x, self.mean, self.variance, self.epsilon, self.pools) + self.beta
-        self._keep(x)
-        return normalized(x, self.epsilon, self.pools)[0] + self.beta
+        if training or _BY_BATCH.get():
+            self._keep(x)
+            y = normalized(x, self.epsilon, self.pools)[0]
+        else:
+            y = normalized_by(x, self.mean, self.variance, self.epsilon, self.pools)
+        return tf.cast(y, self.compute_dtype) + self.beta
 
     def _keep(self, x: tf.Tensor) -> None:
         for kept, moment in zip((self.mean, self.variance), moments_of(x), strict=True):
@@ -183,6 +186,7 @@ class MovingBatchNorm(keras.layers.Layer):
         else:
             moments = self.moving_mean, self.moving_variance
             y = normalized_by(x, *moments, self.epsilon, self.pools, sign)
+        y = tf.cast(y, self.compute_dtype)
         if self.scale and self.center:
             rows = tf.reshape(y, (-1, y.shape[-1]))
             gamma, beta = tf.convert_to_tensor(self.gamma), tf.convert_to_tensor(self.beta)
@@ -194,7 +198,7 @@ class MovingBatchNorm(keras.layers.Layer):
         mean, variance = (moment[0] for moment in moments)
         momentum = self.momentum if training else 0
         if training and self.unbiased:
-            count = tf.cast(tf.size(x) // tf.shape(x)[-1], x.dtype)
+            count = tf.cast(tf.size(x) // tf.shape(x)[-1], variance.dtype)
             variance *= count / tf.maximum(count - 1, 1)
         for moving, of_batch in ((self.moving_mean, mean), (self.moving_variance, variance)):
             moving.assign(momentum * moving + (1 - momentum) * of_batch)

@@ -3,7 +3,7 @@
 import numpy as np
 import tensorflow as tf
 
-from maml.networks.standardise import _mean_in_blocks, compiled, is_large
+from maml.networks.standardise import _mean_in_slabs, compiled, is_large, wide
 
 _ROWS_AND_COLUMNS = ((0, 0), (0, 1), (1, 0), (1, 1))
 
@@ -42,14 +42,16 @@ def standardised_maxima(
     `standardised`, the derivatives are in terms of the outputs, so that they can be differentiated again.
 
     Args:
-        x: maps of a known size and number, large ones (`is_large`).
+        x: maps of a known size and number, large ones (`is_large`); of 16 bits they are computed with in
+            float32, as they are read, and so is the result.
         sign: [c], 1, or -1 where a negative γ follows, so that the smallest are wanted; None: 1.
         epsilon: added to the variance.
 
     Returns:
         The entries [n, H // 2, W // 2, c], mean and biased variance [1, c], constants to derivatives.
     """
-    sign = tf.ones(x.shape[-1:], x.dtype) if sign is None else tf.stop_gradient(sign)
+    exact = wide(x[:0]).dtype
+    sign = tf.ones(x.shape[-1:], exact) if sign is None else tf.stop_gradient(tf.cast(sign, exact))
     outputs: list[tf.Tensor] = []
 
     @tf.custom_gradient
@@ -105,7 +107,7 @@ def _of_maxima(maps, places):
 
 
 def _channel_mean(x):
-    return _mean_in_blocks(tf.reshape(x, (-1, x.shape[-1])), 0)
+    return _mean_in_slabs(tf.reshape(x, (-1, x.shape[-1])), 0)
 
 
 def _share(z, x):
@@ -116,6 +118,7 @@ def _share(z, x):
 @compiled
 def _norm_forward(x, sign, epsilon):
     """The standardized maxima z, the mean, the scale 1/√(variance + epsilon), the variance, the places."""
+    x = wide(x)
     mean = _channel_mean(x)
     variance = _channel_mean(tf.square(x - mean))
     scale = tf.math.rsqrt(variance + epsilon)
@@ -131,10 +134,11 @@ def _norm_gradient(dz, dmean, dscale, x, places, z, mean, scale):
 
     `_gradient` of `standardise` for a gradient in y that is dz at the maxima, else 0.
     """
-    y = (x - mean) * scale
+    y = (wide(x) - mean) * scale
     dy_mean, along_y = _along(dz, dscale, x, z, scale)
     count = x.shape.num_elements() // x.shape[-1]
-    return scale * (_to_maxima(dz, places, *x.shape[1:3]) - dy_mean - y * along_y) + dmean / count
+    found = scale * (_to_maxima(dz, places, *x.shape[1:3]) - dy_mean - y * along_y) + dmean / count
+    return tf.cast(found, x.dtype)
 
 
 def _along(dz, dscale, x, z, scale):
@@ -146,7 +150,7 @@ def _along(dz, dscale, x, z, scale):
 @compiled
 def _norm_second_gradient(later, dz, dmean, dscale, x, places, z, mean, scale):
     """The gradients in dz, dmean, dscale and x of a loss whose gradient in `_norm_gradient`'s is `later`."""
-    y = (x - mean) * scale
+    y, later = (wide(x) - mean) * scale, wide(later)
     dy_mean, along_y = _along(dz, dscale, x, z, scale)
     later_mean, later_along_y = _channel_mean(later), _channel_mean(later * y)
     later_at = _of_maxima(later, places)
@@ -154,7 +158,7 @@ def _norm_second_gradient(later, dz, dmean, dscale, x, places, z, mean, scale):
     dy = _to_maxima(dz, places, *x.shape[1:3])
     in_x = -tf.square(scale) * (along_y * (later - later_mean) + later_along_y * (dy - dy_mean) + y * across)
     in_dz = scale * (later_at - later_mean - z * later_along_y)
-    return in_dz, later_mean, -tf.square(scale) * later_along_y, in_x
+    return in_dz, later_mean, -tf.square(scale) * later_along_y, tf.cast(in_x, x.dtype)
 
 
 _COMPILED = tuple(compiled(rule) for rule in (_place, _to_maxima, _of_maxima))

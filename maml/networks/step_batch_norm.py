@@ -71,7 +71,7 @@ class StepBatchNorm(BatchNorm):
             y = normalized(x, self.epsilon, self.pools, sign)[0]
         else:
             y = normalized_by(x, self.mean, self.variance, self.epsilon, self.pools, sign)
-        return y * gamma + beta
+        return tf.cast(y, self.compute_dtype) * gamma + beta
 
     def get_config(self):
         """The arguments."""
