@@ -152,9 +152,10 @@ def _line(label: str, text: str) -> str:
 def _described(settings: Settings, network: keras.Model) -> str:
     """The network in words."""
     norm = {"batch_norm": "batch norm", "layer_norm": "layer norm", "None": "no norm"}[settings.network_norm]
-    if settings.network == "conv4":
+    if settings.network in ("conv4", "conv4_torch"):
         smaller = "2×2 max-pooling" if settings.max_pool else "stride 2"
-        layers = f"4 convolutions of {settings.num_filters} filters, {smaller}"
+        begin = ", PyTorch's initial values" if settings.network == "conv4_torch" else ""
+        layers = f"4 convolutions of {settings.num_filters} filters, {smaller}{begin}"
     elif settings.network == "mlp":
         layers = f"fully connected, {'-'.join(map(str, settings.dataset.hidden))}"
     else:

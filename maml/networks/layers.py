@@ -73,6 +73,7 @@ def _maxima(y: tf.Tensor, sign: tf.Tensor | None) -> tf.Tensor:
 
 def sign_of(gamma: tf.Tensor) -> tf.Tensor:
     """1, or -1 where γ is negative."""
+    gamma = wide(gamma)
     return tf.where(gamma < 0, -tf.ones_like(gamma), tf.ones_like(gamma))
 
 
@@ -81,6 +82,14 @@ def moments_of(x: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
     rows = tf.reshape(wide(x), (-1, x.shape[-1]))
     mean = _mean(rows, 0)
     return mean, _mean(tf.square(rows - mean), 0)
+
+
+def _statistics(layer: keras.layers.Layer, shape: tuple[int, ...], *names: str) -> list[keras.Variable]:
+    """The weights of a norm that hold a mean, 0, and a variance, 1; in mixed precision they stay float32."""
+    return [
+        layer.add_weight(shape=shape, initializer=start, trainable=False, autocast=False, name=name)
+        for name, start in zip(names, ("zeros", "ones"), strict=True)
+    ]
 
 
 @keras.saving.register_keras_serializable("maml")
@@ -100,8 +109,7 @@ class BatchNorm(keras.layers.Layer):
     def build(self, input_shape):
         channels = (input_shape[-1],)
         self.beta = self.add_weight(shape=channels, initializer="zeros", name="beta")
-        self.mean = self.add_weight(shape=channels, initializer="zeros", trainable=False, name="mean")
-        self.variance = self.add_weight(shape=channels, initializer="ones", trainable=False, name="variance")
+        self.mean, self.variance = _statistics(self, channels, "mean", "variance")
 
     def call(self, x, training=None):
         if training or _BY_BATCH.get():
@@ -166,15 +174,14 @@ class MovingBatchNorm(keras.layers.Layer):
     def build(self, input_shape):
         """Adds the weights, [channels] each."""
 
-        def weight(name: str, initializer: str | keras.initializers.Initializer, trainable: bool = True):
-            return self.add_weight(
-                shape=(input_shape[-1],), initializer=initializer, trainable=trainable, name=name
-            )
+        def weight(name: str, initializer: str | keras.initializers.Initializer) -> keras.Variable:
+            return self.add_weight(shape=(input_shape[-1],), initializer=initializer, name=name)
 
         self.gamma = weight("gamma", self.gamma_initializer) if self.scale else None
         self.beta = weight("beta", "zeros") if self.center else None
-        self.moving_mean = weight("moving_mean", "zeros", trainable=False)
-        self.moving_variance = weight("moving_variance", "ones", trainable=False)
+        self.moving_mean, self.moving_variance = _statistics(
+            self, (input_shape[-1],), "moving_mean", "moving_variance"
+        )
 
     def call(self, x, training=None):
         """The normalized x [n, …, channels]."""

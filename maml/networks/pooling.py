@@ -50,8 +50,7 @@ def standardised_maxima(
     Returns:
         The entries [n, H // 2, W // 2, c], mean and biased variance [1, c], constants to derivatives.
     """
-    exact = wide(x[:0]).dtype
-    sign = tf.ones(x.shape[-1:], exact) if sign is None else tf.stop_gradient(tf.cast(sign, exact))
+    sign = tf.ones(x.shape[-1:], wide(x[:0]).dtype) if sign is None else tf.stop_gradient(sign)
     outputs: list[tf.Tensor] = []
 
     @tf.custom_gradient

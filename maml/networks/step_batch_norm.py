@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import keras
 import tensorflow as tf
 
-from maml.networks.layers import BatchNorm, is_by_batch, normalized, normalized_by, sign_of
+from maml.networks.layers import BatchNorm, _statistics, is_by_batch, normalized, normalized_by, sign_of
 
 _STEP = contextvars.ContextVar("inner_step", default=None)
 
@@ -56,8 +56,7 @@ class StepBatchNorm(BatchNorm):
 
         self.gamma = weight("gamma", "ones", shape, self.learn_gamma)
         self.beta = weight("beta", "zeros", shape, self.learn_beta)
-        self.mean = weight("mean", "zeros", channels, False)
-        self.variance = weight("variance", "ones", channels, False)
+        self.mean, self.variance = _statistics(self, channels, "mean", "variance")
 
     def call(self, x, training=None):
         """The normalized x [n, …, channels]."""

@@ -246,7 +246,7 @@ def write_session(
 
 def _flags_of(settings: Settings) -> dict[str, bool | int | float | str]:
     """Flags of the training that a protocol does not have."""
-    names = RUN_FLAGS + ("num_filters",) * (settings.network == "conv4")
+    names = RUN_FLAGS + ("num_filters",) * settings.network.startswith("conv4")
     return {name: getattr(settings, name) for name in names}
 
 

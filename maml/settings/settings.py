@@ -374,7 +374,7 @@ def _paper(given: dict, data: tables.Dataset, shot: int) -> dict[str, object]:
     if not given["conv"]:
         paper.pop("network", None)
     otherwise = paper.get("network", data.network if given["conv"] else "mlp")
-    if (given["network"] or otherwise) != data.network:
+    if tables.network(given["network"] or otherwise).home != tables.network(data.network).home:
         paper |= {name: value for name, value in UNREAD.items() if name in paper}
     return paper
 

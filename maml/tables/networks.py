@@ -47,6 +47,13 @@ NETWORKS: Mapping[str, Network] = {
         flags=("num_filters",),
         images=True,
     ),
+    "conv4_torch": Network(
+        "maml.networks.conv4:conv4",
+        "conv4 with the initial values of PyTorch before 1.2, as Snell et al. 2017 began",
+        flags=("norm", "num_filters", "max_pool"),
+        images=True,
+        options={"torch_values": True},
+    ),
     "koch": Network(
         "maml.networks.koch:koch",
         "to an embedding, of 105×105, for --learner=siamese (Koch et al. 2015)",

@@ -74,6 +74,32 @@ def test_a_large_mean_does_not_cost_the_variance_its_digits():
     )  # mean(x²) − mean(x)² would be off by several times that
 
 
+def _twice(x: tf.Tensor, weight: tf.Tensor) -> list[tf.Tensor]:
+    """The maxima, the gradient of a loss of theirs, and a gradient of that one."""
+    with tf.GradientTape() as outer:
+        outer.watch(x)
+        with tf.GradientTape() as inner:
+            inner.watch(x)
+            z = pooling.standardised_maxima(x, None, 1e-3)[0]
+            loss = tf.reduce_sum(weight * tf.sin(z))
+        gradient = inner.gradient(loss, x)
+        bent = tf.reduce_sum(tf.square(tf.cast(gradient, tf.float32)))
+    return [z, gradient, outer.gradient(bent, x)]
+
+
+@pytest.mark.parametrize("narrow", [tf.bfloat16, tf.float16])
+def test_maps_of_16_bits_are_computed_with_in_float32(narrow):
+    x = tf.cast(RNG.normal(size=(4, 6, 4, 3)) + 2, narrow)
+    weight = tf.constant(RNG.normal(size=(4, 3, 2, 3)), tf.float32)
+    found, needed = _twice(x, weight), _twice(tf.cast(x, tf.float32), weight)
+    assert [value.dtype for value in found] == [tf.float32, narrow, narrow]
+    np.testing.assert_array_equal(found[0], needed[0])
+    step = {tf.bfloat16: 2**-8, tf.float16: 2**-11}[narrow]
+    np.testing.assert_array_equal(found[1], tf.cast(needed[1], narrow))  # rounded once, as it is written
+    error = np.abs(tf.cast(found[2], tf.float32) - needed[2]).max()
+    assert 0 < error < 4 * step * np.abs(needed[2]).max()
+
+
 # --- Networks -----------------------------------------------------------------------------------------
 
 
@@ -201,6 +227,41 @@ def test_a_bias_is_added_in_the_layers_type():
     np.testing.assert_array_equal(tf.cast(y, tf.float32)[0, 0, 0], [1, 2, 3, 4])
 
 
+@pytest.mark.parametrize("norm", [BatchNorm, MovingBatchNorm, StepBatchNorm])
+@pytest.mark.parametrize("dtype", ["float32", "mixed_bfloat16"])
+def test_in_mixed_precision_a_norm_computes_in_float32_with_and_without_the_exchange(
+    norm, dtype, size, monkeypatch
+):
+    layers = [L.Conv2D(3, 3, dtype="mixed_bfloat16"), norm(dtype=dtype), MaxPool(dtype="mixed_bfloat16")]
+    model = keras.Sequential([keras.Input((10, 9, 2)), *layers, L.Flatten(), L.Dense(2, dtype="float32")])
+    assert len(Exchanged(model)._pooled) == 1
+    ours = _output_and_gradient(model)
+    nothing_exchanged(monkeypatch)
+    needed = _output_and_gradient(model)
+    convolved = tf.cast(layers[0](_images()), tf.float64)
+    exact = layers[2](MovingBatchNorm(epsilon=layers[1].epsilon, dtype="float64")(convolved, training=True))
+    body = layers[2](layers[1](layers[0](_images()), training=True))
+    assert np.abs(tf.cast(body, tf.float32) - tf.cast(exact, tf.float32)).max() < 2**-7  # an entry's rounding
+    for one, other in zip(ours, needed, strict=True):
+        scale = np.abs(other).max()
+        np.testing.assert_allclose(one, other, rtol=0, atol=0.02 * scale)
+
+
+def _images() -> np.ndarray:
+    return np.random.default_rng(2).normal(size=(4, 10, 9, 2)).astype(np.float32)
+
+
+def _output_and_gradient(model: keras.Model) -> list[tf.Tensor]:
+    called = Stateless(model)
+    weights = [tf.convert_to_tensor(variable) for variable in model.trainable_variables]
+    kernels = [weight for weight in weights if weight.shape.rank > 1]  # that of a bias before a norm is 0
+    with tf.GradientTape() as tape:
+        tape.watch(weights)
+        y = called.by_batch(weights, _images())[0]
+        loss = tf.reduce_sum(tf.sin(y))
+    return [y, *tape.gradient(loss, kernels)]
+
+
 def test_a_call_of_the_network_itself_is_keras_own_afterwards():
     model = network(BatchNorm(), MaxPool())
     with Exchanged(model).where_asked(), Exchanged(model).where_asked():
@@ -220,6 +281,8 @@ def test_a_call_of_the_network_itself_is_keras_own_afterwards():
         (lambda: conv4((28, 28, 1), 5), 0),
         (lambda: conv4_map((28, 28, 1)), 2),
         (lambda: relation_module((5, 5, 4)), 2),
+        (lambda: conv4((28, 28, 1), 5, max_pool=True, dtype="mixed_bfloat16"), 4),
+        (lambda: conv4_map((28, 28, 1), dtype="mixed_float16"), 2),
     ],
 )
 def test_our_networks_are_found(build, pairs):

@@ -341,11 +341,15 @@ def test_standardise_does_not_lose_the_variance_behind_a_large_mean(channels):
     assert np.abs(error).max() < 1.5e-3  # mean(x²) − mean(x)² would be off by several times that
 
 
-def test_the_means_of_large_maps_keep_the_digits_of_float32():
+# Sums of 8, 7, 5 and 2 parts, and of none.
+@pytest.mark.parametrize("rows", [35_280, 11_025, 16_025, 16_022, 16_033])
+@pytest.mark.parametrize("mean", [standardise_module._mean_in_blocks, standardise_module._mean_in_slabs])
+def test_the_means_of_large_maps_keep_the_digits_of_float32(mean, rows):
     """XLA would join a sum of sums to a long one, which does not."""
-    x = np.maximum(np.random.default_rng(0).normal(size=(35_280, 32)), 0).astype(np.float32) + 0.5
-    found = tf.function(standardise_module._mean_in_blocks, jit_compile=True)(tf.constant(x), 0).numpy()
-    np.testing.assert_allclose(found, x.mean(0, dtype=np.float64, keepdims=True), rtol=1e-6)
+    x = np.maximum(np.random.default_rng(0).normal(size=(rows, 32)), 0).astype(np.float32) + 0.5
+    for axis in (0, 1):
+        found = tf.function(mean, jit_compile=True)(tf.constant(x), axis).numpy()
+        np.testing.assert_allclose(found, x.mean(axis, dtype=np.float64, keepdims=True), rtol=3e-6)
 
 
 # --- Pooling ------------------------------------------------------------------------------------------
