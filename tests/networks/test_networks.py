@@ -158,6 +158,28 @@ def test_fully_connected_layers_start_truncated_normal(make):
     assert values.std() == pytest.approx(0.01 * 0.8796, rel=5 / np.sqrt(values.size))
 
 
+def test_the_values_of_pytorch_before_1_2_are_those_of_its_reset_parameters():
+    """Kernels and biases of its convolutions from U(±1/√fan-in), γ from U(0, 1), β 0."""
+    keras.utils.set_random_seed(1)
+    made = conv4((84, 84, 3), None, norm="moving_batch_norm", max_pool=True, torch_values=True)
+    for i, channels in enumerate((3, 64, 64, 64)):
+        convolution, norm = made.get_layer(f"conv{i + 1}"), made.get_layer(f"norm{i}")
+        kernel, bias = (value.numpy() for value in convolution.trainable_variables)
+        limit = 1 / np.sqrt(9 * channels)
+        assert_uniform(kernel, limit)
+        assert 0.9 * limit < np.abs(bias).max() <= limit and bias.min() < 0
+        gamma = norm.gamma.numpy()
+        assert_uniform(2 * np.append(gamma, 1) - 1, 1)  # 1, so that 64 of them reach the end
+        assert not norm.beta.numpy().any()
+
+
+@pytest.mark.parametrize("norm", ["batch_norm", "layer_norm", "None"])
+def test_norms_without_a_gamma_of_pytorchs_begin_as_ever(norm):
+    made = conv4((28, 28, 1), 5, norm=norm, torch_values=True)
+    gammas = [v.numpy() for v in made.variables if v.name == "gamma"]
+    assert all((gamma == 1).all() for gamma in gammas) and bool(gammas) == (norm == "layer_norm")
+
+
 @pytest.mark.parametrize("make", [omniglot, mini_imagenet, sinusoid, omniglot_mlp])
 def test_biases_and_beta_start_at_zero(make):
     vectors = [variable.numpy() for variable in make().trainable_variables if variable.ndim == 1]

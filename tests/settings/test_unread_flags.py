@@ -57,3 +57,15 @@ def test_maml_adapts_the_part_that_is_named():
     assert parse(["--adapt=head"]).folder_name.endswith(".adapthead")
     assert "adapt=head" in _header(parse(["--adapt=head"]), {}, "here")
     assert "adapt" not in _header(parse([]), {}, "here")
+
+
+@pytest.mark.parametrize("learner", ["maml", "prototypical"])
+@pytest.mark.parametrize("source", ["omniglot", "miniimagenet"])
+def test_the_papers_values_are_of_conv4_whatever_it_begins_with(learner, source):
+    one, other = (
+        parse([f"--datasource={source}", f"--learner={learner}", f"--network={network}"])
+        for network in ("conv4", "conv4_torch")
+    )
+    assert (one.num_filters, one.max_pool) == (other.num_filters, other.max_pool)
+    assert other.folder_name.replace(".conv4_torch", "") == one.folder_name != other.folder_name
+    assert parse([f"--datasource={source}", "--network=resnet12"]).num_filters == 64  # which it does not read
