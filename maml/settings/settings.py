@@ -208,8 +208,8 @@ class Settings:
         MACHINE,
         False,
         "hidden layers compute in bfloat16, where hardware is fast in it\n\n"
-        "Weights, gradients, norms, the head and the losses stay float32; the run gets a folder of its own. On "
-        "a processor with AMX 1.4 to 1.7 times as fast where a network pools; else leave it off.",
+        "Weights, gradients, norms, the head and the losses stay float32; the run gets a folder of its own. "
+        "On a processor with AMX 1.4 to 1.7 times as fast where a network pools; else leave it off.",
     )
     deterministic: bool = option(
         MACHINE,

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from benchmarks import learners, speed, speed_worker
+from benchmarks import learners, speed, speed_worker, with_flags
 from benchmarks.plain_loop import PlainLoop
 from benchmarks.speed import WORKLOADS, workload_settings
 from benchmarks.speed_worker import agreement, matmul_flops, random_episodes
@@ -383,3 +383,22 @@ def test_every_learner_takes_turns_with_maml_in_its_own_process(monkeypatch):
     needed = [1, np.mean([6 * 4 / (4 * 3), 6 * 6 / (4 * 5)]), np.mean([2 * 9 / (4 * 8), 2 * 11 / (4 * 10)])]
     np.testing.assert_allclose([row["ratio"] for row in rows], needed)
     assert rows[1]["episodes_per_second"]["rounds"] == [25 * 6 * 4, 25 * 6 * 6]
+
+
+def test_a_cell_takes_turns_with_itself_and_further_flags(monkeypatch):
+    class Fake:
+        def __init__(self, kind, settings):
+            self.rates = iter([4.0, 5.0, 9.0] if settings.mixed_precision else [2.0, 4.0, 3.0])
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def run(self, seconds):
+            return {"rate": next(self.rates)}
+
+    monkeypatch.setattr(with_flags, "Worker", Fake)
+    line = with_flags.compared("omniglot_5way_1shot", ["--mixed_precision"], 3, 1.0)
+    assert line.split() == ["omniglot_5way_1shot", "3.000", "5.000", "2.00"]
