@@ -145,12 +145,14 @@ def _leads_on(node: object, outputs: set[int]) -> bool:
 
 
 def _pools_by_2(layer: keras.Operation) -> bool:
-    """Whether a layer is 2×2 max-pooling that leaves odd rows out, of maps of a known size, channels last."""
+    """Whether a layer is 2×2 max-pooling of maps of a known size, channels last, that does not pad them."""
     if type(layer) is keras.layers.MaxPooling2D:
         by_2 = tuple(layer.pool_size) == tuple(layer.strides) == (2, 2) and _channels_last(layer)
     else:
         by_2 = type(layer) is MaxPool
-    return by_2 and layer.padding == "valid" and None not in layer.input.shape[1:]
+    if not by_2 or None in layer.input.shape[1:]:
+        return False
+    return layer.padding == "valid" or not any(size % 2 for size in layer.input.shape[1:3])
 
 
 def _rises(layer: keras.Operation) -> bool:

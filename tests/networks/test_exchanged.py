@@ -104,9 +104,13 @@ def test_maps_of_16_bits_are_computed_with_in_float32(narrow):
 
 
 def network(norm: L.Layer, *after: L.Layer) -> keras.Sequential:
-    """A convolution of 9×8 images, a norm, layers and a head, with random weights."""
+    """A convolution of 9×8 images, a norm, layers and a head, with random weights.
+
+    Pooling with padding has 10×8 maps, which it has nothing to pad of.
+    """
+    rows = 10 if after[-1].padding == "same" else 9
     body = [L.Conv2D(3, 3, padding="same"), norm, *after]
-    model = keras.Sequential([keras.Input((9, 8, 2)), *body, L.Flatten(), L.Dense(2)])
+    model = keras.Sequential([keras.Input((rows, 8, 2)), *body, L.Flatten(), L.Dense(2)])
     rng = np.random.default_rng(1)
     for variable in model.weights:
         value = rng.normal(size=variable.shape)
@@ -131,7 +135,8 @@ def size(request, monkeypatch):
 def all_of(model: keras.Model, training: bool | None) -> list[tf.Tensor]:
     """Outputs, new statistics, gradient and second derivatives by a learner's call of a model."""
     called = Stateless(model)
-    x, support = (tf.constant(np.random.default_rng(seed).normal(size=(4, 9, 8, 2))) for seed in (2, 3))
+    size = (4, *model.input_shape[1:])
+    x, support = (tf.constant(np.random.default_rng(seed).normal(size=size)) for seed in (2, 3))
     weights = [tf.convert_to_tensor(variable) for variable in model.trainable_variables]
     with tf.GradientTape() as outer:
         outer.watch(weights)
@@ -154,9 +159,10 @@ def all_of(model: keras.Model, training: bool | None) -> list[tf.Tensor]:
         (BatchNorm(), [MaxPool()]),
         (MovingBatchNorm(), [L.ReLU(), L.MaxPooling2D(2)]),
         (MovingBatchNorm(scale=False), [LeakyReLU(0.1), MaxPool()]),
-        (StepBatchNorm(2), [MaxPool(), L.ReLU()]),
+        (StepBatchNorm(2), [L.ReLU(), MaxPool()]),
+        (MovingBatchNorm(), [MaxPool("same")]),
     ],
-    ids=["β", "γ and β", "moving, β", "a γ per step"],
+    ids=["β", "γ and β", "moving, β", "a γ per step", "no padding"],
 )
 def test_a_network_computes_the_same_with_and_without_the_exchange(
     norm, after, training, size, float64, monkeypatch
@@ -276,7 +282,7 @@ def test_a_call_of_the_network_itself_is_keras_own_afterwards():
     [
         (lambda: conv4((84, 84, 3), 5, max_pool=True), 4),
         (lambda: conv4((28, 28, 1), None, norm="moving_batch_norm", max_pool=True), 4),
-        (lambda: conv4((28, 28, 1), 5, max_pool=True, pool_padding="same"), 0),
+        (lambda: conv4((28, 28, 1), 5, max_pool=True, pool_padding="same"), 3),  # 28, 14, not 7, and 4
         (lambda: conv4((28, 28, 1), 5, norm="layer_norm", max_pool=True), 0),
         (lambda: conv4((28, 28, 1), 5), 0),
         (lambda: conv4_map((28, 28, 1)), 2),
@@ -318,6 +324,9 @@ OTHERWISE = {
     ),
     "a stride of 1": lambda: keras.Sequential(
         [keras.Input((8, 8, 3)), BatchNorm(), L.MaxPooling2D(2, strides=1)]
+    ),
+    "an odd row is padded": lambda: keras.Sequential(
+        [keras.Input((7, 8, 3)), BatchNorm(), L.MaxPooling2D(2, padding="same")]
     ),
     "a class of one's own": lambda: keras.Sequential([keras.Input((8, 8, 3)), _Own(), MaxPool()]),
     "a bump between": lambda: keras.Sequential(
