@@ -19,3 +19,9 @@ class UserError(_Message):
 
 class Failure(_Message):
     """A failure of a run that was asked for rightly: a full disk, a NaN. Exit code 1."""
+
+
+def reason_of(error: Exception) -> str:
+    """The line that tells most; of an error in a graph under construction the last, else the first."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return (lines[-1] if lines[0].startswith("in user code") else lines[0]).strip().rstrip(".")[:200]

@@ -206,3 +206,16 @@ def test_a_function_is_given_what_it_declares():
     assert tables.declared(lambda **every: 0, offered) == offered
     assert tables.declared(toy_vectors, offered) == {}
     assert tables.declared(EpisodeSpec, {"way": 1, "x": 2}) == {"way": 1}
+
+
+def recurrent(input_shape, way):
+    layers = [keras.layers.Reshape((1, *input_shape)), keras.layers.LSTM(3), keras.layers.Dense(way)]
+    return keras.Sequential([keras.Input(input_shape), *layers])
+
+
+def test_a_network_that_cannot_be_batched_is_one_line_where_it_is_asked_for(tmp_path, caplog):
+    flags = ("--datasource=sinusoid", f"--network={__name__}:recurrent", "--novectorize")
+    trained(tmp_path, *flags)
+    with pytest.raises(UserError, match=r"--vectorize: expected .*recurrent .*variant.*Leave out --vec"):
+        trained(tmp_path / "asked", *flags[:2], "--vectorize")
+    assert not caplog.records

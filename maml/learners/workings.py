@@ -9,7 +9,7 @@ import tensorflow as tf
 from tqdm import tqdm
 
 from maml.episodes import Episode, EpisodeSpec, SemiSupervisedEpisode
-from maml.errors import Failure, UserError
+from maml.errors import Failure, UserError, reason_of
 from maml.learners.adapted import Parts, parts
 from maml.learners.base import Algorithm
 from maml.learners.options import (
@@ -208,11 +208,11 @@ class Workings:
                 self._mapped(True)
                 raise UserError(
                     f"vectorize=True: expected a network that TensorFlow can compute for all tasks at once, "
-                    f"got {self.model.name!r} ({_reason(error)}). Leave out vectorize."
+                    f"got {self.model.name!r} ({reason_of(error)}). Leave out vectorize."
                 ) from error
             warnings.warn(
                 f"{self.model.name}: computes task by task, which is slower, since TensorFlow cannot "
-                f"batch it ({_reason(error)}). Use vectorize=False to leave out the attempt.",
+                f"batch it ({reason_of(error)}). Use vectorize=False to leave out the attempt.",
                 stacklevel=2,
             )
 
@@ -268,9 +268,3 @@ class Workings:
         episode = self.algorithm.to_floating(kind(x, y, query_x, y, *unlabeled_x))
         state = self.algorithm.adapted(episode.support_x, episode.support_y, steps, *episode[4:])
         return self.algorithm.outputs(state, episode.query_x, episode.support_x)
-
-
-def _reason(error: Exception) -> str:
-    """The line that tells most; of an error in a graph under construction the last, else the first."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return (lines[-1] if lines[0].startswith("in user code") else lines[0]).strip().rstrip(".")[:200]

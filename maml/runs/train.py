@@ -7,7 +7,7 @@ from typing import Protocol
 import numpy as np
 
 from maml.episodes import EpisodeSource, EpisodeSpec
-from maml.errors import Failure, UserError
+from maml.errors import Failure, UserError, reason_of
 from maml.learners.base import Algorithm
 from maml.learners.losses import per_example
 from maml.process import put_off_interruption
@@ -104,9 +104,24 @@ class _Training:
         self.progress = Progress(self._first, settings.iterations, each)
 
     def updates(self) -> Iterator[Update]:
-        """The updates from the run's iteration to the last, which end where something is to be written."""
+        """The updates from the run's iteration to the last, which end where something is to be written.
+
+        Raises:
+            UserError: if TensorFlow cannot compute what was asked to be computed for all tasks at once.
+        """
         pauses = (self._settings.save_interval, LOG_INTERVAL)
-        return updates(self._phases, self._blocks, begin=self._first, pauses=pauses)
+        try:
+            yield from updates(self._phases, self._blocks, begin=self._first, pauses=pauses)
+        except UserError:
+            raise
+        except Exception as error:  # TensorFlow and XLA raise what they like
+            if not self._settings.vectorize or int(self._run.iteration) > self._first:
+                raise
+            raise UserError(
+                f"--vectorize: expected a network and a learner that TensorFlow can compute for all tasks at "
+                f"once, got --network={self._settings.network} ({reason_of(error)}). Leave out --vectorize; "
+                f"what is wrong beside that is shown then."
+            ) from error
 
     def validate_if_missed(self) -> None:
         """Validates now if the run was stopped between saving and validating."""

@@ -1,8 +1,9 @@
 """How the tasks of a meta-batch are laid onto the machine; what is computed of each is the learner's."""
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Self
 
 import keras
@@ -142,7 +143,7 @@ class TaskMap:
     def each(self, one_task: Callable, episodes: Episode, like: Results) -> Results:
         """The results of every task, with a leading axis of tasks."""
         if self.vectorize:
-            with as_axis():
+            with as_axis(), _unlogged():
                 return tf.vectorized_map(one_task, episodes)
         # With one thread per operation (see `maml.training.devices`) a task per thread is nearly twice as
         # fast on two cores as one task over both.
@@ -157,6 +158,18 @@ class TaskMap:
             # Which `tf.map_fn` sets and, after an error, leaves: no strategy's scope could be entered again.
             tf.compat.v1.get_variable_scope().set_caching_device(None)
             raise
+
+
+@contextlib.contextmanager
+def _unlogged() -> Iterator[None]:
+    """Within it TensorFlow does not log the stack of what it cannot batch, which it raises as well."""
+    logger = tf.get_logger()
+    before = logger.level
+    logger.setLevel("CRITICAL")
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 def _some_tasks(episodes: Episode, begin: int | tf.Tensor, count: int) -> Episode:
