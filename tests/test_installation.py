@@ -144,6 +144,8 @@ COMMANDS = {
     "maml --datasource=omniglot --num_classes=5 --update_batch_size=1": READ,
     "maml --datasource=omniglot --update_batch_size=1 --metatrain_iterations=500 --test_num_updates=3 "
     "--test_set --mixed_precision": READ,
+    "maml --flagfile=flags/miniimagenet_5way_1shot.flags --init_from=miniimagenet_5way_1shot "
+    "--metatrain_iterations=0 --checkpoint=newest --mixed_precision": READ,
     "maml --datasource=miniimagenet --num_classes=5": READ,
     "maml --datasource=miniimagenet --num_classes=5 --update_batch_size=1": READ,
     "maml --datasource=miniimagenet --num_classes=5 --update_batch_size=5 --num_query=15 "
